@@ -1,0 +1,211 @@
+"""The engine, the only file that touches gradients: measure -> threshold -> scale -> record."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from . import _check
+from .measure import Measure
+from .measure.arithmetic import in_range, is_float, widen
+from .record import ClipState, Groups, observe, start
+from .scale import rescale
+from .threshold import Clock, Threshold
+
+Tree = Any
+Scale = Callable[[jax.Array, jax.Array], jax.Array]
+
+NONFINITE = ("zero", "propagate", "sanitize")
+
+
+def clip(
+    measure: Measure,
+    threshold: Threshold,
+    scale: Scale = rescale,
+    *,
+    nonfinite: str = "zero",
+    record: bool = True,
+) -> optax.GradientTransformation:
+    """Multiplies every group of gradients by scale(norm, limit).
+
+    ======================================  ======================================================
+    case                                    result
+    ======================================  ======================================================
+    finite norm <= limit                    gradients bit for bit unchanged
+    finite norm > limit                     norm of the result <= limit x (1 + a few eps of the
+                                            leaf dtype); with `scale.strict` <= limit exactly, and
+                                            clipping twice gives the bits of clipping once
+    norm 0; limit 0; limit inf; 0 and 0     unchanged; zeros; unchanged; zeros: never NaN, in the
+                                            derivative through the update neither
+    norm not finite                         `nonfinite` decides for the group; the memory is bit
+                                            for bit as if the step had not been, clocks apart
+    norm from 1e-31 to 3.4e38, any dtype    measured right, in float32 (float64 for float64)
+    None, empty, zero-size, scalar,         accepted; integer, bool and float0 leaves pass through
+    complex leaves                          untouched and uncounted
+    structure, shape, dtype, sharding       preserved, whatever the type of the threshold
+    state                                   the same tree, dtypes (float32, int32) and sharding
+                                            from init on; one compilation; no shared buffers
+    limit traced and negative or NaN        zeros: never a flipped sign; the metrics show it
+    ======================================  ======================================================
+
+    Two limits of float32 remain. A norm above 3.4e38 counts as not finite. A factor below 1.2e-38,
+    say limit 1 over norm 1e38, is flushed to zero, and so is the update.
+
+    A zero update is not a skipped step: the moments of an Adam after the clip still decay.
+
+    Args:
+      measure: grads, params -> norms.
+      threshold: norm, memory -> limit, memory.
+      scale: norm, limit -> factor; may have a method `cast(x, dtype)` that rounds to the dtype of
+        a leaf.
+      nonfinite: what becomes of a group whose norm is inf or NaN. "zero": a zero update.
+        "propagate": NaN stays NaN, as in Optax. "sanitize": bad entries become zero, the others
+        are measured and clipped without them.
+      record: whether the state keeps :class:`Metrics`. They cost one more read of the gradients
+        with `measure.element()`, and nothing that can be measured otherwise.
+
+    Returns:
+      A transformation whose state is a :class:`ClipState`.
+
+    Raises:
+      TypeError, ValueError: at construction, if an argument is not such.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxclip as oc
+      >>> tx = oc.clip(oc.measure.leaf_norm(), oc.threshold.constant(1.0), oc.scale.skip)
+      >>> grads = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([0.5])}
+      >>> updates, state = tx.update(grads, tx.init(grads))
+      >>> updates
+      {'a': Array([0., 0.], dtype=float32), 'b': Array([0.5], dtype=float32)}
+    """
+    _check.instance(Measure, "measure.global_norm()", measure=measure)
+    _check.instance(Threshold, "threshold.constant(1.0)", threshold=threshold)
+    _check.choice(NONFINITE, nonfinite=nonfinite)
+
+    def init(params: Tree) -> ClipState:
+        floats, _ = _part(params)
+        norms = jax.eval_shape(measure.norms, floats, floats)
+        memory = jax.tree.map(
+            lambda norm: threshold.init(jax.ShapeDtypeStruct(norm.shape, jnp.float32)), norms
+        )
+        return _beside(params, ClipState(memory, start() if record else None))
+
+    # One program for eager calls too, in which `lax.cond` would be compiled anew at each step.
+    @functools.partial(jax.jit, inline=True)
+    def step(grads: Tree, state: ClipState, params: Tree) -> tuple[Tree, ClipState]:
+        measured, finite = _measured(measure, grads, params, nonfinite)
+        norms, treedef = jax.tree.flatten(measured)
+        memories = treedef.flatten_up_to(state.memory)
+        groups: list[Groups] = []
+        for i, (norm, ok) in enumerate(zip(norms, jax.tree.leaves(finite), strict=True)):
+            limit, memories[i] = _limited(threshold, norm, ok, memories[i])
+            groups.append(_scaled(scale, norm, ok, limit, nonfinite))
+        factors = measure.spread(treedef.unflatten([group.factor for group in groups]), grads)
+        updates = _multiplied(grads, factors, scale, nonfinite)
+        metrics = observe(state.metrics, groups) if record else None
+        return updates, ClipState(treedef.unflatten(memories), metrics)
+
+    def update(grads: Tree, state: ClipState, params: Tree = None) -> tuple[Tree, ClipState]:
+        floats, whole = _part(grads)
+        updates, state = step(floats, state, None if params is None else _part(params)[0])
+        return whole(updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _part(tree: Tree) -> tuple[Tree, Callable[[Tree], Tree]]:
+    """The tree with None for all but its floats, and what puts the others back."""
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=lambda x: x is None)
+
+    def whole(floats: Tree) -> Tree:
+        pairs = zip(leaves, treedef.flatten_up_to(floats), strict=True)
+        return treedef.unflatten([new if is_float(old) else old for old, new in pairs])
+
+    return treedef.unflatten([x if is_float(x) else None for x in leaves]), whole
+
+
+def _measured(measure: Measure, grads: Tree, params: Tree, nonfinite: str) -> tuple[Tree, Tree]:
+    """The norms that count under the policy, and whether those of `grads` itself are finite."""
+    norms = in_range(measure, grads, params)
+    finite = jax.tree.map(jnp.isfinite, norms)
+    if nonfinite == "sanitize":
+        norms = in_range(measure, jax.tree.map(_sanitized, grads), params)
+    return norms, finite
+
+
+def _limited(
+    threshold: Threshold, norm: jax.Array, finite: jax.Array, memory: Tree
+) -> tuple[jax.Array, Tree]:
+    """The limit, and the memory as it was wherever the norm is not finite."""
+    limit, learned = threshold.update(jnp.where(finite, norm, 0), memory)
+
+    def kept(new: Any, old: Any) -> Any:
+        if isinstance(new, Clock):
+            return new
+        mask = finite.reshape((1,) * (new.ndim - finite.ndim) + finite.shape)
+        return jnp.where(mask, new.astype(old.dtype), old)
+
+    is_clock = lambda x: isinstance(x, Clock)  # noqa: E731 - a predicate for one call
+    return limit, jax.tree.map(kept, learned, memory, is_leaf=is_clock)
+
+
+def _scaled(
+    scale: Scale, norm: jax.Array, finite: jax.Array, limit: jax.Array, nonfinite: str
+) -> Groups:
+    """The factors, and the rest of what the record needs."""
+    counts = jnp.isfinite(norm)  # under "sanitize", of what is left without the bad entries
+    norm_or_0 = jnp.where(counts, norm, 0)
+    factor = scale(norm_or_0, limit)
+    factor = jnp.where(factor > 0, factor, 0)
+    lost = jnp.zeros_like(norm)
+    if nonfinite == "propagate":  # as limit / norm would be, for a norm of inf or NaN
+        lost = jnp.where(jnp.isnan(norm), norm, 0)
+    clipped_norm = jnp.where(counts, norm_or_0 * factor, lost * norm)
+    return Groups(norm, clipped_norm, limit, jnp.where(counts, factor, lost), finite)
+
+
+def _multiplied(grads: Tree, factors: Tree, scale: Scale, nonfinite: str) -> Tree:
+    cast = getattr(scale, "cast", lambda x, dtype: x.astype(dtype))
+
+    def multiplied(grad: jax.Array, factor: jax.Array) -> jax.Array:
+        x = widen(grad)
+        # A mask over part of a leaf is made of the leaf's own shape: on an Explicit mesh a select
+        # refuses a broadcast one, where a product does not.
+        factor = factor.astype(jnp.finfo(x.dtype).dtype)
+        factor = factor * jnp.ones_like(x, factor.dtype) if factor.ndim else factor
+        if nonfinite != "propagate":
+            x = _sanitized(x)
+        y = _product(x, factor)
+        y = y if y.dtype == grad.dtype else cast(y, grad.dtype)
+        # Not y alone: XLA:CPU flushes subnormal numbers in a multiplication by 1.
+        return jnp.where(factor == 1, grad, y)
+
+    return jax.tree.map(multiplied, grads, jax.tree.broadcast(factors, grads))
+
+
+def _product(x: jax.Array, factor: jax.Array) -> jax.Array:
+    if jnp.iscomplexobj(x):  # part by part: a complex product makes NaN of inf x 0
+        return jax.lax.complex(jnp.real(x) * factor, jnp.imag(x) * factor)
+    return x * factor
+
+
+def _sanitized(x: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
+
+
+def _beside(params: Tree, state: ClipState) -> ClipState:
+    """The state on the mesh of the parameters, where the first step would put it anyway.
+
+    Left on one device, it would change its sharding in that step, and the step be compiled twice.
+    """
+    for x in jax.tree.leaves(params):
+        sharding = None if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
+        if isinstance(sharding, jax.sharding.NamedSharding):
+            replicated = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+            return jax.device_put(state, replicated)
+    return state

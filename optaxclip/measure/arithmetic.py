@@ -1,0 +1,101 @@
+"""numbers -> norm: the one file that adds numbers up, in float32 whatever the leaf's dtype.
+
+A float32 sum of squares is right only while the squares are neither flushed to zero nor beyond
+the largest float. :func:`in_range` keeps it there for every norm from 2^-103 (1e-31) to the
+largest float, 3.4e38, without a cost in the usual case.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .base import Axes, Measure, Tree
+
+# Squares of 2^40 x stay normal numbers down to x = 2^-103, so tiny gradients need no second look;
+# zero norms (dead units, unused embedding rows) would ask for one at every step otherwise.
+LIFT = 2.0**40
+# Above this norm, 2^40 x could leave the range (its square reaches 2^124 here, and a float32 sum
+# ends at 2^128): measure again at DROP, under which any norm that float32 can hold is right.
+HIGH = 2.0**22
+DROP = 2.0**-64
+
+
+def is_float(x: Any) -> bool:
+    """Whether a leaf is clipped: real or complex floats are; integers, bool and float0 are not."""
+    dtype = getattr(x, "dtype", None)
+    return isinstance(x, float | complex) if dtype is None else jnp.issubdtype(dtype, jnp.inexact)
+
+
+def widen(x: jax.Array) -> jax.Array:
+    """`x` in the dtype that computes with it: float32 at least; float64 and complex stay."""
+    return x if x.dtype.itemsize >= np.dtype(np.float32).itemsize else x.astype(jnp.float32)
+
+
+def p_norm(x: jax.Array, ord: float, axes: Axes | None = None) -> jax.Array:
+    """The p-norm over `axes` (all of them if None), which stay with size 1.
+
+    Its derivative is finite everywhere, at zero too, where that of a plain square root is not.
+
+    Args:
+      x: any shape, any float or complex dtype.
+      ord: p >= 1, or inf.
+      axes: the axes to reduce.
+
+    Returns:
+      float32, or float64 where x is float64 or complex128.
+    """
+    x = widen(x)
+    if ord == 2:  # noqa: PLR2004 - the Euclidean norm is the one that needs no absolute value
+        return _root(jnp.sum(_square(x), axes, keepdims=True), ord)
+    size = jnp.abs(x)
+    if ord == 1:
+        return jnp.sum(size, axes, keepdims=True)
+    peak = jnp.max(size, axes, keepdims=True, initial=0)
+    if ord == math.inf:
+        return peak
+    # Powers leave the float range early (1e10^4), so sum those of size/peak. The norm does not
+    # depend on the peak that is divided out and multiplied back: no derivative through it.
+    peak = jax.lax.stop_gradient(jnp.where((peak > 0) & jnp.isfinite(peak), peak, 1))
+    return peak * _root(jnp.sum((size / peak) ** float(ord), axes, keepdims=True), ord)
+
+
+def in_range(measure: Measure, grads: Tree, params: Tree) -> Tree:
+    """The norms of `measure`, right wherever they fit into float32.
+
+    The first pass measures 2^40 g, exactly, and is enough for norms in [2^-103, 2^22). Only in a
+    step where some norm is larger or not finite does a second pass measure 2^-64 g.
+    """
+    if not measure.sums:
+        return measure.norms(grads, params)
+
+    def at(unit: float) -> Tree:
+        scaled = jax.tree.map(lambda g: widen(g) * unit, grads)
+        return jax.tree.map(lambda norm: norm / unit, measure.norms(scaled, params))
+
+    def again(norms: Tree) -> Tree:
+        return jax.tree.map(lambda n, m: jnp.where(n < HIGH, n, m), norms, at(DROP))
+
+    norms = at(LIFT)
+    fits = [jnp.all(norm < HIGH) for norm in jax.tree.leaves(norms)]
+    if not fits:
+        return norms
+    return jax.lax.cond(jnp.all(jnp.stack(fits)), lambda norms: norms, again, norms)
+
+
+def _square(x: jax.Array) -> jax.Array:
+    if jnp.iscomplexobj(x):  # real leaves never see .imag, which an Explicit mesh refuses
+        return jnp.square(jnp.real(x)) + jnp.square(jnp.imag(x))
+    return jnp.square(x)
+
+
+def _root(total: jax.Array, ord: float) -> jax.Array:
+    """total^(1/ord), with derivative 0 instead of infinity at 0; NaN stays NaN."""
+    positive = total > 0
+    safe = jnp.where(positive, total, 1)
+    root = jnp.sqrt(safe) if ord == 2 else safe ** (1 / float(ord))  # noqa: PLR2004
+    return jnp.where(positive, root, total)

@@ -1,0 +1,58 @@
+"""The pair that every measure is, and the places of a tree that groups are named by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+Tree = Any
+Axes = tuple[int, ...]
+AxisRule = int | Axes | Callable[[str, jax.Array], int | Axes | None] | None
+
+
+class Measure(NamedTuple):
+    """How gradients are grouped, and how large each group is."""
+
+    norms: Callable[[Tree, Tree], Tree]  # grads, params -> norms, a small pytree of float32
+    spread: Callable[[Tree, Tree], Tree]  # factors, grads -> factors, a prefix tree of grads
+    sums: bool = True  # float32 sums inside, which the engine keeps in range; False: |x| alone
+
+
+def places(tree: Tree) -> list[tuple[str, jax.Array]]:
+    """Every leaf with its path, as "encoder/kernel"."""
+    leaves, _ = jax.tree.flatten_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in leaves]
+
+
+def resolve(rule: AxisRule, path: str, leaf: jax.Array) -> Axes | None:
+    """What an axis rule says of one leaf: axes counted from 0, or None where it leaves it open."""
+    chosen = rule(path, leaf) if callable(rule) else rule
+    if chosen is None:
+        return None
+    axes = (chosen,) if not isinstance(chosen, tuple) else chosen
+    if any(not -leaf.ndim <= a < leaf.ndim for a in axes):
+        message = f"axis {chosen} is out of range for leaf {path!r} of shape {leaf.shape}"
+        raise ValueError(message)
+    return tuple(a % leaf.ndim for a in axes)
+
+
+def split(tree: Tree, keys: Sequence[str]) -> dict[str, Tree]:
+    """The tree once per key, with None for the leaves under other keys; paths stay the same."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return {
+        key: treedef.unflatten(
+            [x if own == key else None for x, own in zip(leaves, keys, strict=True)]
+        )
+        for key in sorted(set(keys))
+    }
+
+
+def merge(parts: dict[str, Tree], tree: Tree, keys: Sequence[str]) -> Tree:
+    """One value per leaf of `tree`, out of a prefix tree for each part that `split` made."""
+    values: dict[str, Iterator[Any]] = {
+        key: iter(jax.tree.leaves(jax.tree.broadcast(parts[key], part)))
+        for key, part in split(tree, keys).items()
+    }
+    return jax.tree.structure(tree).unflatten([next(values[key]) for key in keys])

@@ -1,0 +1,187 @@
+"""Measures made of measures: under labels, relative to the parameters, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip import _check
+
+from .base import Axes, AxisRule, Measure, Tree, merge, places, resolve, split
+
+
+def by_label(labels: Tree, measure: Measure) -> Measure:
+    """Measures the leaves under each label by themselves.
+
+    Unlike clippers in `optax.partition`, this is one clip with one record, and says in its name
+    that the norm is taken per label.
+
+    Args:
+      labels: a tree of strings that is a prefix of the gradients, or a function path -> string,
+        with paths as "encoder/kernel".
+      measure: what is measured under each label.
+
+    Returns:
+      A measure whose norms are a dict from label to the norms under it.
+
+    Raises:
+      TypeError: if `measure` is no Measure or a label is no string.
+      ValueError: at init, if the labels are no prefix of the tree.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxclip
+      >>> m = optaxclip.measure
+      >>> grads = {"encoder": jnp.array([3.0, 4.0]), "head": jnp.array([2.0])}
+      >>> m.by_label(lambda path: path, m.global_norm()).norms(grads, None)
+      {'encoder': Array(5., dtype=float32), 'head': Array(2., dtype=float32)}
+    """
+    _check.instance(Measure, "measure.global_norm()", measure=measure)
+
+    def keys(grads: Tree) -> list[str]:
+        if callable(labels):
+            found = [labels(path) for path, _ in places(grads)]
+        else:
+            found = jax.tree.leaves(jax.tree.broadcast(labels, grads))
+        for label in found:
+            _check.instance(str, "'encoder'", label=label)
+        return found
+
+    def norms(grads: Tree, params: Tree) -> dict[str, Tree]:
+        parts = split(grads, keys(grads))
+        return {label: measure.norms(part, params) for label, part in parts.items()}
+
+    def spread(factors: dict[str, Tree], grads: Tree) -> Tree:
+        parts = split(grads, keys(grads))
+        spreads = {label: measure.spread(factors[label], part) for label, part in parts.items()}
+        return merge(spreads, grads, keys(grads))
+
+    return Measure(norms, spread, measure.sums)
+
+
+def relative(measure: Measure, eps: float | jax.Array) -> Measure:
+    """Measures gradients in units of the parameters: ||G|| / max(||W||, eps).
+
+    Args:
+      measure: how both are measured.
+      eps: > 0, the norm below which parameters count as this large, so that those that start at
+        zero can move.
+
+    Returns:
+      A measure with the norms of `measure`, divided.
+
+    Raises:
+      TypeError, ValueError: if an argument is not such; at update, ValueError if it was called
+        without params.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxclip
+      >>> ratio = optaxclip.measure.relative(optaxclip.measure.leaf_norm(), eps=1e-3)
+      >>> ratio.norms(jnp.array([6.0, 8.0]), jnp.array([3.0, 4.0]))
+      Array([2.], dtype=float32)
+
+    Reference:
+      Brock et al., arXiv:2102.06171, equation 3.
+    """
+    _check.instance(Measure, "measure.unit_norm()", measure=measure)
+    _check.positive(eps=eps)
+
+    def norms(grads: Tree, params: Tree) -> Tree:
+        if params is None:
+            message = "a relative norm needs the parameters: call update(grads, state, params)"
+            raise ValueError(message)
+        sizes = measure.norms(aligned(grads, params), None)
+        return jax.tree.map(_ratio, measure.norms(grads, None), sizes)
+
+    def _ratio(norm: jax.Array, size: jax.Array) -> jax.Array:
+        size = size.astype(norm.dtype)
+        return norm / jnp.maximum(size, jnp.asarray(eps, norm.dtype))
+
+    return Measure(norms, measure.spread, measure.sums)
+
+
+def stacked(measure: Measure, axes: AxisRule) -> Measure:
+    """Measures every layer of scan-stacked parameters as if it stood alone.
+
+    `nn.scan`, `nnx.vmap` and most large models keep L equal layers as one leaf with an axis of
+    length L. A leaf-wise or unit-wise norm over such a leaf mixes the layers.
+
+    Args:
+      measure: what is measured in each layer.
+      axes: the stack axes: an int or a tuple for every leaf, or a function (path, leaf) -> int,
+        tuple or None, for trees in which only some leaves are stacked.
+
+    Returns:
+      A measure whose norms are a dict: under "" the norms of the leaves that are not stacked;
+      under the stack's lengths, as "12" or "12x8", those of the stacked ones, with these axes in
+      front.
+
+    Raises:
+      TypeError: if an argument is not such. ValueError: at init, if a leaf lacks a stack axis.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxclip
+      >>> m = optaxclip.measure
+      >>> grads = {"layers": jnp.array([[3.0, 4.0], [6.0, 8.0]]), "out": jnp.ones(4)}
+      >>> def axes(path, leaf):
+      ...     return 0 if path.startswith("layers") else None
+      >>> m.stacked(m.leaf_norm(), axes).norms(grads, None)
+      {'': Array([2.], dtype=float32), '2': Array([[ 5.],
+             [10.]], dtype=float32)}
+    """
+    _check.instance(Measure, "measure.leaf_norm()", measure=measure)
+    _check.axes(axes=axes)
+
+    def layout(grads: Tree) -> tuple[list[Axes], list[str]]:
+        found = [resolve(axes, path, g) or () for path, g in places(grads)]
+        lengths = [
+            [str(g.shape[a]) for a in own]
+            for own, g in zip(found, jax.tree.leaves(grads), strict=True)
+        ]
+        return found, ["x".join(own) for own in lengths]
+
+    def layers(grads: Tree, tree: Tree) -> dict[str, Tree]:
+        """The leaves of `tree` by the stack that `grads` has there, stack axes in front."""
+        found, stacks = layout(grads)
+        leaves, treedef = jax.tree.flatten(tree)
+        front = [jnp.moveaxis(x, a, range(len(a))) for x, a in zip(leaves, found, strict=True)]
+        return split(treedef.unflatten(front), stacks)
+
+    def norms(grads: Tree, params: Tree) -> dict[str, Tree]:
+        parts = layers(grads, grads)
+        sizes = dict.fromkeys(parts) if params is None else layers(grads, aligned(grads, params))
+        return {
+            stack: _each_layer(measure.norms, stack)(part, sizes[stack])
+            for stack, part in parts.items()
+        }
+
+    def spread(factors: dict[str, Tree], grads: Tree) -> Tree:
+        parts = layers(grads, grads)
+        for stack, part in parts.items():
+            factor = _each_layer(measure.spread, stack)(factors[stack], part)
+            parts[stack] = jax.tree.map(_fill_rank, jax.tree.broadcast(factor, part), part)
+        found, stacks = layout(grads)
+        leaves, treedef = jax.tree.flatten(merge(parts, grads, stacks))
+        back = [jnp.moveaxis(f, range(len(a)), a) for f, a in zip(leaves, found, strict=True)]
+        return treedef.unflatten(back)
+
+    return Measure(norms, spread, measure.sums)
+
+
+def aligned(grads: Tree, params: Tree) -> Tree:
+    """The parameters of the leaves that are measured; `grads` has None for the others."""
+    is_none = lambda x: x is None  # noqa: E731 - a predicate for one call
+    return jax.tree.map(lambda g, p: None if g is None else p, grads, params, is_leaf=is_none)
+
+
+def _each_layer(fun: Callable[..., Tree], stack: str) -> Callable[..., Tree]:
+    for _ in stack.split("x") if stack else ():
+        fun = jax.vmap(fun)
+    return fun
+
+
+def _fill_rank(factor: jax.Array, leaf: jax.Array) -> jax.Array:
+    if factor.ndim == 0:
+        return factor
+    return factor.reshape(factor.shape + (1,) * (leaf.ndim - factor.ndim))

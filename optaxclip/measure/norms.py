@@ -1,0 +1,226 @@
+"""The measures proper: what is one group, and which norm it has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optaxclip import _check
+
+from .arithmetic import p_norm, widen
+from .base import Axes, AxisRule, Measure, Tree, places, resolve
+
+# A NumPy integer, because optax.inject_hyperparams turns Python numbers, defaults included, into
+# traced arrays, and the order of a norm shapes the program.
+EUCLIDEAN = np.int64(2)
+
+
+def global_norm(ord: float = EUCLIDEAN) -> Measure:
+    """One norm for the whole tree: ||G||_p = (sum_i |g_i|^p)^(1/p).
+
+    Args:
+      ord: p, a real number >= 1 or inf; static.
+
+    Returns:
+      A measure whose norms are one () array.
+
+    Raises:
+      TypeError, ValueError: if `ord` is not such a number.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxclip
+      >>> grads = {"w": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])}
+      >>> optaxclip.measure.global_norm().norms(grads, None)
+      Array(5., dtype=float32)
+
+    Reference:
+      Pascanu, Mikolov, Bengio, On the difficulty of training recurrent neural networks,
+      arXiv:1211.5063, algorithm 1.
+    """
+    leafwise = leaf_norm(ord)
+
+    def norms(grads: Tree, params: Tree) -> jax.Array:
+        # The norm of a tree is the norm of its leaves' norms.
+        return p_norm(leafwise.norms(grads, params), ord).reshape(())
+
+    return Measure(norms, lambda factors, grads: factors, leafwise.sums)
+
+
+def leaf_norm(ord: float = EUCLIDEAN) -> Measure:
+    """One norm for each leaf.
+
+    Args:
+      ord: p, a real number >= 1 or inf; static.
+
+    Returns:
+      A measure whose norms are one vector with an entry per float leaf, so that a threshold on
+      all of them is one kernel.
+
+    Raises:
+      TypeError, ValueError: if `ord` is not such a number.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxclip
+      >>> grads = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([4.0])}
+      >>> optaxclip.measure.leaf_norm().norms(grads, None)
+      Array([4., 5.], dtype=float32)
+    """
+    _check.order(ord=ord)
+
+    def norms(grads: Tree, params: Tree) -> jax.Array:
+        del params
+        return _vector(p_norm(g, ord) for g in jax.tree.leaves(grads))
+
+    return Measure(norms, _one_per_leaf, sums=ord != math.inf)
+
+
+def leaf_rms() -> Measure:
+    """One root mean square for each leaf: RMS(g) = ||g||_2 / sqrt(n).
+
+    Returns:
+      A measure whose norms are one vector with an entry per float leaf; 0 for a zero-size leaf.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxclip
+      >>> optaxclip.measure.leaf_rms().norms(jnp.array([3.0, 4.0, 0.0, 0.0]), None)
+      Array([2.5], dtype=float32)
+
+    Reference:
+      Shazeer, Stern, Adafactor, arXiv:1804.04235, section 6 (update clipping).
+    """
+    return _per_entry(0.5)
+
+
+def leaf_mean() -> Measure:
+    """One average norm for each leaf: ||g||_2 / n, TensorFlow's `clip_by_average_norm`.
+
+    Returns:
+      A measure whose norms are one vector with an entry per float leaf; 0 for a zero-size leaf.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxclip
+      >>> optaxclip.measure.leaf_mean().norms(jnp.array([3.0, 4.0, 0.0, 0.0]), None)
+      Array([1.25], dtype=float32)
+    """
+    return _per_entry(1.0)
+
+
+def unit_norm(axis: AxisRule = None, ord: float = EUCLIDEAN) -> Measure:
+    """One norm for each unit of a leaf: the weights into one output neuron or filter.
+
+    Args:
+      axis: the axes that are summed over. None: Optax's default, which is the whole leaf if it
+        has at most one axis longer than 1, axis 0 at rank 2 and 3, and all axes but the last at
+        rank 4 and 5. An int or a tuple: these axes, at every leaf of rank >= 2; a leaf of rank 0
+        or 1 is one unit. A function (path, leaf) -> one of these, for trees in which kernels of
+        one rank mean different things; path is the leaf's place, as "encoder/kernel".
+      ord: p, a real number >= 1 or inf; static.
+
+    Returns:
+      A measure whose norms are a list with one array per float leaf, of the leaf's rank, where
+      the summed axes have size 1.
+
+    Raises:
+      TypeError, ValueError: if `axis` or `ord` is not one of these; at init, if a leaf lacks the
+        axis, or has rank > 5 and `axis` is None.
+
+    Example:
+      Flax keeps an embedding as (vocabulary, features), a 1-D convolution as (width, in, out)
+      and an attention output as (heads, head_dim, features):
+
+      >>> import jax.numpy as jnp, optaxclip
+      >>> def axis(path, leaf):
+      ...     if path.endswith("embedding"):
+      ...         return 1
+      ...     if "Conv" in path or path.endswith("out/kernel"):
+      ...         return tuple(range(leaf.ndim - 1))
+      ...     return None
+      >>> grads = {"Conv_0": {"kernel": jnp.ones((3, 3, 2))}, "embedding": jnp.ones((3, 4))}
+      >>> optaxclip.measure.unit_norm(axis).norms(grads, None)
+      [Array([[[3., 3.]]], dtype=float32), Array([[2.],
+             [2.],
+             [2.]], dtype=float32)]
+
+    Reference:
+      Brock et al., High-performance large-scale image recognition without normalization,
+      arXiv:2102.06171, section 4 (there: unit i of W is a row; here, as in Optax and in the
+      authors' code, kernels end in their output axis).
+    """
+    _check.axes(axis=axis)
+    _check.order(ord=ord)
+
+    def norms(grads: Tree, params: Tree) -> list[jax.Array]:
+        del params
+        return [p_norm(g, ord, _unit_axes(axis, path, g)) for path, g in places(grads)]
+
+    return Measure(norms, _like_leaves, sums=ord != math.inf)
+
+
+def element() -> Measure:
+    """One norm for each coordinate: |g_i|.
+
+    Returns:
+      A measure whose norms are a list with one array per float leaf, of the leaf's shape. XLA
+      fuses them into the clip; metrics over them cost one more read of the gradients.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxclip
+      >>> optaxclip.measure.element().norms(jnp.array([3.0, -4.0]), None)
+      [Array([3., 4.], dtype=float32)]
+    """
+
+    def norms(grads: Tree, params: Tree) -> list[jax.Array]:
+        del params
+        return [jnp.abs(widen(g)) for g in jax.tree.leaves(grads)]
+
+    return Measure(norms, _like_leaves, sums=False)
+
+
+def _per_entry(power: float) -> Measure:
+    """The Euclidean norm of each leaf over the number of its entries to some power."""
+    leafwise = leaf_norm()
+
+    def norms(grads: Tree, params: Tree) -> jax.Array:
+        counts = [max(g.size, 1) ** power for g in jax.tree.leaves(grads)]
+        sizes = leafwise.norms(grads, params)
+        return sizes / jnp.asarray(counts, sizes.dtype)
+
+    return Measure(norms, leafwise.spread)
+
+
+def _vector(norms: Iterable[jax.Array]) -> jax.Array:
+    norms = [norm.reshape(()) for norm in norms]
+    wide = any(norm.dtype == jnp.float64 for norm in norms)
+    dtype = jnp.float64 if wide else jnp.float32
+    return jnp.stack([x.astype(dtype) for x in norms]) if norms else jnp.zeros(0, dtype)
+
+
+def _one_per_leaf(factors: jax.Array, grads: Tree) -> Tree:
+    return jax.tree.structure(grads).unflatten([factors[i] for i in range(factors.shape[0])])
+
+
+def _like_leaves(factors: list[jax.Array], grads: Tree) -> Tree:
+    return jax.tree.structure(grads).unflatten(factors)
+
+
+def _unit_axes(rule: AxisRule, path: str, leaf: jax.Array) -> Axes:
+    whole = tuple(range(leaf.ndim))
+    if leaf.ndim <= 1:
+        return whole
+    axes = resolve(rule, path, leaf)
+    if axes is not None:
+        return axes
+    if sum(n != 1 for n in leaf.shape) <= 1:
+        return whole
+    by_rank = {2: (0,), 3: (0,), 4: (0, 1, 2), 5: (0, 1, 2, 3)}
+    if leaf.ndim not in by_rank:
+        message = (
+            f"axis=None knows ranks up to 5; leaf {path!r} has shape {leaf.shape}: "
+            "give axis a function (path, leaf) -> axes"
+        )
+        raise ValueError(message)
+    return by_rank[leaf.ndim]

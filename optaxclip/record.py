@@ -1,0 +1,141 @@
+"""norms, limits, factors -> metrics: what a person reads, and how to find it.
+
+A clip keeps its metrics in its own state, on the device, because Optax has no other way out of a
+chain. :func:`metrics` finds them in whatever the optimizer state is wrapped in.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+Tree = Any
+
+
+class Metrics(NamedTuple):
+    """What the last step was, and how many there were; never needed by the next step.
+
+    The most common misreading is "clipping does not work, the logged norm is above the limit":
+    `norm` is what came in, `clipped_norm` what went out.
+    """
+
+    norm: jax.Array  # () float32, largest norm before clipping; inf or NaN in a bad step
+    clipped_norm: jax.Array  # () float32, largest norm after clipping
+    limit: jax.Array  # () float32, smallest limit; inf where there is none
+    factor: jax.Array  # () float32, smallest factor
+    clipped: jax.Array  # () float32, fraction of the groups with a finite norm and factor < 1
+    steps: jax.Array  # () int32, steps so far; as all counters, stays at its largest value
+    clipped_steps: jax.Array  # () int32, steps so far in which some group was clipped
+    nonfinite_steps: jax.Array  # () int32, steps so far in which some norm was not finite
+
+
+class ClipState(NamedTuple):
+    """The state of a clip."""
+
+    memory: Tree  # what the threshold needs at the next step, one memory per array of norms
+    metrics: Metrics | None  # what a person reads; None with record=False
+
+
+class Groups(NamedTuple):
+    """One step, group by group: arrays of one shape."""
+
+    norm: jax.Array  # float32, before clipping
+    clipped_norm: jax.Array  # float32, after clipping
+    limit: jax.Array  # float32
+    factor: jax.Array  # float32
+    finite: jax.Array  # bool, whether the norm of what came in was finite
+
+
+def start() -> Metrics:
+    """The metrics before the first step, each in a buffer of its own so that it can be donated."""
+    reals = [jnp.full((), x, jnp.float32) for x in (0, 0, np.inf, 1, 0)]
+    return Metrics(*reals, *(jnp.zeros((), jnp.int32) for _ in range(3)))
+
+
+def observe(before: Metrics, groups: list[Groups]) -> Metrics:
+    """The metrics after one more step."""
+    clipped = [g.finite & (g.factor < 1) for g in groups]
+    count = sum(map(_total, clipped), jnp.zeros((), jnp.float32))
+    bad = sum((_total(~g.finite) for g in groups), jnp.zeros((), jnp.float32))
+    size = max(sum(c.size for c in clipped), 1)
+    return Metrics(
+        norm=_over(jnp.max, [g.norm for g in groups], 0.0),
+        clipped_norm=_over(jnp.max, [g.clipped_norm for g in groups], 0.0),
+        limit=_over(jnp.min, [g.limit for g in groups], np.inf),
+        factor=_over(jnp.min, [g.factor for g in groups], 1.0),
+        clipped=count / jnp.float32(size),
+        steps=optax.safe_increment(before.steps),
+        clipped_steps=_increment_if(count > 0, before.clipped_steps),
+        nonfinite_steps=_increment_if(bad > 0, before.nonfinite_steps),
+    )
+
+
+def metrics(opt_state: Tree) -> dict[str, jax.Array]:
+    """The metrics of every clip in an optimizer state, ready for a logger.
+
+    Args:
+      opt_state: the state of any composition of Optax transformations, or what holds one: a Flax
+        `TrainState`, an `nnx.Optimizer`. Concrete or traced; nothing waits for the device.
+
+    Returns:
+      The fields of :class:`Metrics` by name, each as the state holds it, which is () unless the
+      state is vmapped. Where there are several clips, names have the place of each in front:
+      "0/norm" and "1/norm" in a chain, "encoder/norm" in a partition or a named chain. Clips
+      with record=False are left out.
+
+    Raises:
+      ValueError: if there is no clip of this package in it.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optaxclip
+      >>> tx = optax.chain(optaxclip.clip_by_global_norm(1.0), optax.sgd(0.1))
+      >>> params = jnp.array([3.0, 4.0])
+      >>> updates, opt_state = tx.update(params, tx.init(params))
+      >>> read = optaxclip.metrics(opt_state)
+      >>> print(read["norm"], read["clipped_norm"], read["factor"], read["clipped_steps"])
+      5.0 1.0 0.2 1
+    """
+    is_clip = lambda x: isinstance(x, ClipState)  # noqa: E731 - used twice, in two lines
+    nodes, _ = jax.tree.flatten_with_path(opt_state, is_leaf=is_clip)
+    clips = [(path, node.metrics) for path, node in nodes if is_clip(node)]
+    if not clips:
+        message = "no clip of optaxclip in this state: pass the optimizer state that holds it"
+        raise ValueError(message)
+    clips = [(path, record) for path, record in clips if record is not None]
+    names = _names([path for path, _ in clips])
+    return {
+        # nnx.Optimizer wraps each array in a node of its own, which has one leaf.
+        name + field: jax.tree.leaves(getattr(record, field))[0]
+        for name, (_, record) in zip(names, clips, strict=True)
+        for field in Metrics._fields
+    }
+
+
+def _names(paths: list[tuple[Any, ...]]) -> list[str]:
+    """A short name for each path: chain positions and keys, attributes only where needed."""
+    if len(paths) <= 1:
+        return [""] * len(paths)
+    attribute = jax.tree_util.GetAttrKey
+    short = [tuple(key for key in path if not isinstance(key, attribute)) for path in paths]
+    chosen = short if len(set(short)) == len(short) else paths
+    while len({path[:1] for path in chosen}) == 1:
+        chosen = [path[1:] for path in chosen]
+    return [jax.tree_util.keystr(p, simple=True, separator="/") + "/" for p in chosen]
+
+
+def _total(mask: jax.Array) -> jax.Array:
+    # float32, because a tree can have more entries than int32 can count.
+    return jnp.sum(mask.astype(jnp.float32))
+
+
+def _over(op: Any, arrays: list[jax.Array], default: float) -> jax.Array:
+    found = [op(x).astype(jnp.float32) for x in arrays if x.size]
+    return op(jnp.stack(found)) if found else jnp.full((), default, jnp.float32)
+
+
+def _increment_if(happened: jax.Array, count: jax.Array) -> jax.Array:
+    return jnp.where(happened, optax.safe_increment(count), count)

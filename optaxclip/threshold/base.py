@@ -1,0 +1,35 @@
+"""The pair that every threshold is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Memory = Any
+
+
+class Threshold(NamedTuple):
+    """What is remembered of past norms, and the limit that follows from it."""
+
+    init: Callable[[Any], Memory]  # norm (anything with shape and dtype) -> memory
+    update: Callable[[jax.Array, Memory], tuple[jax.Array, Memory]]  # -> limit like norm, memory
+
+
+class Clock(NamedTuple):
+    """Steps that were taken, good or bad: the one part of a memory that a bad norm moves on."""
+
+    count: jax.Array  # () int32, calls of update so far; stays at its largest value
+
+
+def started() -> Clock:
+    """A clock at step 0."""
+    return Clock(jnp.zeros((), jnp.int32))
+
+
+def ticked(clock: Clock) -> Clock:
+    """The clock one step later."""
+    return Clock(optax.safe_increment(clock.count))
