@@ -107,7 +107,7 @@ def clip(
             groups.append(_scaled(scale, norm, ok, limit, nonfinite))
         factors = measure.spread(treedef.unflatten([group.factor for group in groups]), grads)
         updates = _multiplied(grads, factors, scale, nonfinite)
-        metrics = observe(state.metrics, groups) if record else None
+        metrics = None if state.metrics is None else observe(state.metrics, groups)
         return updates, ClipState(treedef.unflatten(memories), metrics)
 
     def update(grads: Tree, state: ClipState, params: Tree = None) -> tuple[Tree, ClipState]:
@@ -159,14 +159,14 @@ def _scaled(
 ) -> Groups:
     """The factors, and the rest of what the record needs."""
     counts = jnp.isfinite(norm)  # under "sanitize", of what is left without the bad entries
-    norm_or_0 = jnp.where(counts, norm, 0)
-    factor = scale(norm_or_0, limit)
-    factor = jnp.where(factor > 0, factor, 0)
-    lost = jnp.zeros_like(norm)
-    if nonfinite == "propagate":  # as limit / norm would be, for a norm of inf or NaN
-        lost = jnp.where(jnp.isnan(norm), norm, 0)
-    clipped_norm = jnp.where(counts, norm_or_0 * factor, lost * norm)
-    return Groups(norm, clipped_norm, limit, jnp.where(counts, factor, lost), finite)
+    allowed = jnp.where(limit >= 0, limit, 0)  # a limit that is negative or NaN allows nothing
+    if nonfinite == "propagate":
+        factor = scale(norm, allowed)
+        return Groups(norm, norm * factor, limit, factor, finite)
+    # A group that does not count is of norm 1 and allowed 0: every scale makes it vanish.
+    norm_or_1 = jnp.where(counts, norm, 1)
+    factor = scale(norm_or_1, jnp.where(counts, allowed, 0))
+    return Groups(norm, norm_or_1 * factor, limit, factor, finite)
 
 
 def _multiplied(grads: Tree, factors: Tree, scale: Scale, nonfinite: str) -> Tree:

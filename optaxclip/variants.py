@@ -22,8 +22,8 @@ import optax
 
 from . import _check, measure
 from ._clip import clip
+from .measure.arithmetic import EUCLIDEAN
 from .measure.base import AxisRule
-from .measure.norms import EUCLIDEAN
 from .scale import normalize
 from .threshold import constant
 

@@ -8,13 +8,18 @@ largest float, 3.4e38, without a cost in the usual case.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from .base import Axes, Measure, Tree
+
+# A NumPy integer, because optax.inject_hyperparams turns Python numbers, defaults included, into
+# traced arrays, and the order of a norm shapes the program.
+EUCLIDEAN: Final[Any] = np.int64(2)
 
 # Squares of 2^40 x stay normal numbers down to x = 2^-103, so tiny gradients need no second look;
 # zero norms (dead units, unused embedding rows) would ask for one at every step otherwise.
@@ -49,9 +54,17 @@ def p_norm(x: jax.Array, ord: float, axes: Axes | None = None) -> jax.Array:
     Returns:
       float32, or float64 where x is float64 or complex128.
     """
+    return root(power_sum(x, ord, axes), ord)
+
+
+def power_sum(x: jax.Array, ord: float, axes: Axes | None = None) -> jax.Array:
+    """What `root` makes a norm of: the sum of squares for p = 2, else the norm itself.
+
+    Apart from `root`, so that the roots of many leaves are one operation on one vector.
+    """
     x = widen(x)
-    if ord == 2:  # noqa: PLR2004 - the Euclidean norm is the one that needs no absolute value
-        return _root(jnp.sum(_square(x), axes, keepdims=True), ord)
+    if ord == EUCLIDEAN:
+        return jnp.sum(_square(x), axes, keepdims=True)
     size = jnp.abs(x)
     if ord == 1:
         return jnp.sum(size, axes, keepdims=True)
@@ -61,7 +74,13 @@ def p_norm(x: jax.Array, ord: float, axes: Axes | None = None) -> jax.Array:
     # Powers leave the float range early (1e10^4), so sum those of size/peak. The norm does not
     # depend on the peak that is divided out and multiplied back: no derivative through it.
     peak = jax.lax.stop_gradient(jnp.where((peak > 0) & jnp.isfinite(peak), peak, 1))
-    return peak * _root(jnp.sum((size / peak) ** float(ord), axes, keepdims=True), ord)
+    total = jnp.sum((size / peak) ** float(ord), axes, keepdims=True)
+    return peak * _where_positive(lambda safe: safe ** (1 / float(ord)), total)
+
+
+def root(total: jax.Array, ord: float) -> jax.Array:
+    """The norm, of the power sum."""
+    return _where_positive(jnp.sqrt, total) if ord == EUCLIDEAN else total
 
 
 def in_range(measure: Measure, grads: Tree, params: Tree) -> Tree:
@@ -93,9 +112,7 @@ def _square(x: jax.Array) -> jax.Array:
     return jnp.square(x)
 
 
-def _root(total: jax.Array, ord: float) -> jax.Array:
-    """total^(1/ord), with derivative 0 instead of infinity at 0; NaN stays NaN."""
-    positive = total > 0
-    safe = jnp.where(positive, total, 1)
-    root = jnp.sqrt(safe) if ord == 2 else safe ** (1 / float(ord))  # noqa: PLR2004
-    return jnp.where(positive, root, total)
+def _where_positive(fun: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """fun(x), with derivative 0 instead of infinity at 0; NaN stays NaN."""
+    positive = x > 0
+    return jnp.where(positive, fun(jnp.where(positive, x, 1)), x)

@@ -7,16 +7,11 @@ from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from optaxclip import _check
 
-from .arithmetic import p_norm, widen
+from .arithmetic import EUCLIDEAN, p_norm, power_sum, root, widen
 from .base import Axes, AxisRule, Measure, Tree, places, resolve
-
-# A NumPy integer, because optax.inject_hyperparams turns Python numbers, defaults included, into
-# traced arrays, and the order of a norm shapes the program.
-EUCLIDEAN = np.int64(2)
 
 
 def global_norm(ord: float = EUCLIDEAN) -> Measure:
@@ -41,13 +36,16 @@ def global_norm(ord: float = EUCLIDEAN) -> Measure:
       Pascanu, Mikolov, Bengio, On the difficulty of training recurrent neural networks,
       arXiv:1211.5063, algorithm 1.
     """
-    leafwise = leaf_norm(ord)
+    _check.order(ord=ord)
 
     def norms(grads: Tree, params: Tree) -> jax.Array:
-        # The norm of a tree is the norm of its leaves' norms.
-        return p_norm(leafwise.norms(grads, params), ord).reshape(())
+        del params
+        leaves = _vector(power_sum(g, ord) for g in jax.tree.leaves(grads))
+        # The norm of a tree is the norm of its leaves' norms; squares need only be added up.
+        total = jnp.sum(leaves) if ord == EUCLIDEAN else power_sum(leaves, ord).reshape(())
+        return root(total, ord)
 
-    return Measure(norms, lambda factors, grads: factors, leafwise.sums)
+    return Measure(norms, lambda factors, grads: factors, sums=ord != math.inf)
 
 
 def leaf_norm(ord: float = EUCLIDEAN) -> Measure:
@@ -73,7 +71,7 @@ def leaf_norm(ord: float = EUCLIDEAN) -> Measure:
 
     def norms(grads: Tree, params: Tree) -> jax.Array:
         del params
-        return _vector(p_norm(g, ord) for g in jax.tree.leaves(grads))
+        return root(_vector(power_sum(g, ord) for g in jax.tree.leaves(grads)), ord)
 
     return Measure(norms, _one_per_leaf, sums=ord != math.inf)
 
@@ -200,7 +198,7 @@ def _vector(norms: Iterable[jax.Array]) -> jax.Array:
 
 
 def _one_per_leaf(factors: jax.Array, grads: Tree) -> Tree:
-    return jax.tree.structure(grads).unflatten([factors[i] for i in range(factors.shape[0])])
+    return jax.tree.structure(grads).unflatten(jnp.unstack(factors))
 
 
 def _like_leaves(factors: list[jax.Array], grads: Tree) -> Tree:

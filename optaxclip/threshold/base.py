@@ -22,7 +22,7 @@ class Threshold(NamedTuple):
 class Clock(NamedTuple):
     """Steps that were taken, good or bad: the one part of a memory that a bad norm moves on."""
 
-    count: jax.Array  # () int32, calls of update so far; stays at its largest value
+    step: jax.Array  # () int32, calls of update so far; stays at its largest value
 
 
 def started() -> Clock:
@@ -32,4 +32,4 @@ def started() -> Clock:
 
 def ticked(clock: Clock) -> Clock:
     """The clock one step later."""
-    return Clock(optax.safe_increment(clock.count))
+    return Clock(optax.safe_increment(clock.step))

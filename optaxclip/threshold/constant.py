@@ -50,6 +50,6 @@ def constant(limit: float | jax.Array | Callable[[jax.Array], Any]) -> Threshold
 
 def _scheduled(schedule: Callable[[jax.Array], Any]) -> Threshold:
     def update(norm: jax.Array, memory: Memory) -> tuple[jax.Array, Memory]:
-        return jnp.full_like(norm, schedule(memory.count)), ticked(memory)
+        return jnp.full_like(norm, schedule(memory.step)), ticked(memory)
 
     return Threshold(lambda norm: started(), update)

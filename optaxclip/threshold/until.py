@@ -58,7 +58,7 @@ def until(steps: int | jax.Array, first: Threshold, then: Threshold) -> Threshol
     def update(norm: jax.Array, memory: UntilMemory) -> tuple[jax.Array, UntilMemory]:
         early, first_memory = first.update(norm, memory.first)
         late, then_memory = then.update(norm, memory.then)
-        limit = jnp.where(memory.clock.count < steps, early, late)
+        limit = jnp.where(memory.clock.step < steps, early, late)
         return limit, UntilMemory(ticked(memory.clock), first_memory, then_memory)
 
     return Threshold(init, update)
