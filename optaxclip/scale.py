@@ -129,5 +129,5 @@ strict = _Strict()
 
 
 def _quotient(norm: jax.Array, limit: jax.Array, *, over: jax.Array) -> jax.Array:
-    """Divides where `over`, else gives 1; never by 0, in the branch not chosen and in derivatives."""
+    """Divides where `over`, else gives 1: never by 0, in the derivative either."""
     return jnp.where(over, limit, 1) / jnp.where(over, norm, 1)
