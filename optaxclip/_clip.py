@@ -12,7 +12,7 @@ import optax
 
 from . import _check
 from .measure import Measure
-from .measure.arithmetic import in_range, is_float, widen
+from .measure.arithmetic import in_range, is_float, real_dtype, widen
 from .record import ClipState, Groups, observe, start
 from .scale import rescale
 from .threshold import Clock, Threshold
@@ -173,13 +173,13 @@ def _multiplied(grads: Tree, factors: Tree, scale: Scale, nonfinite: str) -> Tre
     cast = getattr(scale, "cast", lambda x, dtype: x.astype(dtype))
 
     def multiplied(grad: jax.Array, factor: jax.Array) -> jax.Array:
+        if nonfinite != "propagate":
+            grad = _sanitized(grad)
         x = widen(grad)
         # A mask over part of a leaf is made of the leaf's own shape: on an Explicit mesh a select
         # refuses a broadcast one, where a product does not.
-        factor = factor.astype(jnp.finfo(x.dtype).dtype)
+        factor = factor.astype(real_dtype(x))
         factor = factor * jnp.ones_like(x, factor.dtype) if factor.ndim else factor
-        if nonfinite != "propagate":
-            x = _sanitized(x)
         y = _product(x, factor)
         y = y if y.dtype == grad.dtype else cast(y, grad.dtype)
         # Not y alone: XLA:CPU flushes subnormal numbers in a multiplication by 1.

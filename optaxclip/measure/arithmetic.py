@@ -41,6 +41,11 @@ def widen(x: jax.Array) -> jax.Array:
     return x if x.dtype.itemsize >= np.dtype(np.float32).itemsize else x.astype(jnp.float32)
 
 
+def real_dtype(x: jax.Array) -> Any:
+    """The dtype of `x`, or of its parts if it is complex."""
+    return jnp.finfo(x.dtype).dtype
+
+
 def p_norm(x: jax.Array, ord: float, axes: Axes | None = None) -> jax.Array:
     """The p-norm over `axes` (all of them if None), which stay with size 1.
 
@@ -92,9 +97,13 @@ def in_range(measure: Measure, grads: Tree, params: Tree) -> Tree:
     if not measure.sums:
         return measure.norms(grads, params)
 
-    def at(unit: float) -> Tree:
-        scaled = jax.tree.map(lambda g: widen(g) * unit, grads)
-        return jax.tree.map(lambda norm: norm / unit, measure.norms(scaled, params))
+    wide = any(real_dtype(g) == jnp.float64 for g in jax.tree.leaves(grads))
+
+    def at(power: float) -> Tree:
+        # Hidden from XLA, which would make (x * 2^40) * (x * 2^40) into (x * x) * 2^80.
+        unit = jax.lax.optimization_barrier(jnp.float32(power))
+        norms = measure.norms(jax.tree.map(lambda g: _times(g, unit, wide=wide), grads), params)
+        return jax.tree.map(lambda norm: norm / unit.astype(norm.dtype), norms)
 
     def again(norms: Tree) -> Tree:
         return jax.tree.map(lambda n, m: jnp.where(n < HIGH, n, m), norms, at(DROP))
@@ -104,6 +113,14 @@ def in_range(measure: Measure, grads: Tree, params: Tree) -> Tree:
     if not fits:
         return norms
     return jax.lax.cond(jnp.all(jnp.stack(fits)), lambda norms: norms, again, norms)
+
+
+def _times(g: jax.Array, unit: jax.Array, *, wide: bool) -> jax.Array:
+    """The gradient times a power of two, in float64 or complex128 if any leaf of the tree is."""
+    x = widen(g)
+    if wide:
+        x = x.astype(jnp.complex128 if jnp.iscomplexobj(x) else jnp.float64)
+    return x * unit.astype(x.dtype)
 
 
 def _square(x: jax.Array) -> jax.Array:

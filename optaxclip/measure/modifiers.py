@@ -88,7 +88,7 @@ def relative(measure: Measure, eps: float | jax.Array) -> Measure:
     _check.positive(eps=eps)
 
     def norms(grads: Tree, params: Tree) -> Tree:
-        if params is None:
+        if params is None and jax.tree.leaves(grads):
             message = "a relative norm needs the parameters: call update(grads, state, params)"
             raise ValueError(message)
         sizes = measure.norms(aligned(grads, params), None)

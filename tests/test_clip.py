@@ -1,0 +1,617 @@
+"""The guarantees of the engine: one test per row of the table in the docstring of `clip`."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import trees
+from oracles import VARIANTS, norm, once, tree_norm
+
+import optaxclip as oc
+from optaxclip.threshold import Clock, Threshold
+
+DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
+INF, NAN = jnp.inf, jnp.nan
+
+every_variant = pytest.mark.parametrize("row", VARIANTS.values(), ids=VARIANTS)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
+
+MEASURES = {
+    "tree": oc.measure.global_norm(),
+    "leaf": oc.measure.leaf_norm(),
+    "unit": oc.measure.unit_norm(),
+    "element": oc.measure.element(),
+    "label": oc.measure.by_label(lambda path: path[0], oc.measure.global_norm()),
+    "layer": oc.measure.stacked(oc.measure.global_norm(), lambda _, x: 0 if x.ndim == 4 else None),
+}
+every_measure = pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
+
+
+def learning():
+    """A threshold that remembers all it is shown: a mean, a window and a clock."""
+
+    def init(norm):
+        return {
+            "mean": jnp.zeros(norm.shape),
+            "recent": jnp.zeros((3, *norm.shape)),
+            "seen": jnp.zeros(norm.shape, jnp.int32),
+            "clock": Clock(jnp.zeros((), jnp.int32)),
+        }
+
+    def update(norm, memory):
+        limit = jnp.where(memory["seen"] > 0, 2 * memory["mean"], jnp.inf)
+        return limit, {
+            "mean": 0.5 * memory["mean"] + 0.5 * norm,
+            "recent": jnp.roll(memory["recent"], 1, axis=0).at[0].set(norm),
+            "seen": memory["seen"] + 1,
+            "clock": Clock(memory["clock"].step + 1),
+        }
+
+    return Threshold(init, update)
+
+
+# -- finite norm <= limit: gradients bit for bit unchanged
+
+
+@every_dtype
+@every_measure
+def test_below_the_limit_every_bit_stays(measure, dtype):
+    """A group within its limit comes back as it was: subnormal numbers and -0.0 too."""
+    tiny = jnp.finfo(dtype).smallest_subnormal
+    grads = trees.floats(scale=0.1, dtype=dtype)
+    grads["odd"] = jnp.array([tiny, -0.0, 0.0, -tiny], dtype)
+    update = jax.jit(oc.clip(measure, oc.threshold.constant(100.0)).update)
+
+    updates, state = update(grads, oc.clip(measure, oc.threshold.constant(100.0)).init(grads))
+
+    trees.assert_same_bits(updates, grads)
+    assert state.metrics.factor == 1
+
+
+def test_at_the_limit_every_bit_stays():
+    """A norm that equals its limit is within it."""
+    grads = jnp.array([3.0, 4.0])
+
+    updates, state = once(oc.clip_by_global_norm(5.0), grads)
+
+    trees.assert_same_bits(updates, grads)
+    assert state.metrics.clipped == 0
+
+
+# -- finite norm > limit: norm of the result <= limit x (1 + a few eps of the leaf dtype)
+
+
+@every_dtype
+def test_above_the_limit_the_bound_holds(dtype):
+    """The norm of the result, in float64, exceeds the limit by rounding at most."""
+    update = jax.jit(lambda g, m: once(oc.clip_by_global_norm(m), g)[0])
+    rng = np.random.default_rng(0)
+    for case in range(100):
+        grads = [
+            trees.normal(257, dtype=dtype, seed=case, scale=4.0),
+            trees.normal(5, 5, dtype=dtype, seed=case),
+        ]
+        limit = np.float32(10.0 ** rng.uniform(-1, 1))
+        size = tree_norm(trees.float64(update(grads, limit)))
+        # Each entry is off by half an eps, the factor by a few 2^-24.
+        assert size <= limit * (1 + float(jnp.finfo(dtype).eps) / 2 + 2.0**-20)
+
+
+def test_float64_is_clipped_in_float64():
+    """With x64 on, a float64 leaf obeys the limit to a few eps of float64."""
+    with jax.enable_x64(True):
+        grads = {"wide": trees.normal(100, dtype=jnp.float64), "narrow": trees.normal(3)}
+
+        updates, state = jax.jit(lambda g: once(oc.clip_by_global_norm(0.1), g))(grads)
+
+        assert updates["wide"].dtype == jnp.float64
+        assert updates["narrow"].dtype == jnp.float32
+        wide = grads["wide"] * (0.1 / tree_norm(trees.float64(grads)))
+        np.testing.assert_allclose(updates["wide"], wide, rtol=4 * 2.0**-52)
+        assert {x.dtype for x in jax.tree.leaves(state)} == {
+            jnp.dtype(jnp.float32),
+            jnp.dtype(jnp.int32),
+        }
+
+
+@every_dtype
+@pytest.mark.parametrize("measure", ["tree", "leaf"])
+def test_strict_is_exact_and_idempotent(dtype, measure):
+    """Under scale.strict the float64 norm is <= the limit, and clipping again changes no bit."""
+    tx = lambda limit: oc.clip(MEASURES[measure], oc.threshold.constant(limit), oc.scale.strict)
+    update = jax.jit(lambda g, m: once(tx(m), g)[0])
+    rng = np.random.default_rng(1)
+    lowest = {jnp.float32: 2e-6, jnp.bfloat16: 8e-3, jnp.float16: 2e-3}[dtype]
+    for case in range(150):
+        grads = [trees.normal(n, dtype=dtype, seed=case, scale=4.0) for n in (1, 8, 1000)]
+        sizes = [tree_norm(trees.float64(g)) for g in grads]
+        whole = tree_norm(trees.float64(grads))
+        # Limits above, below, and within rounding of the norm, where a plain clip fails.
+        limit = np.float32(whole * rng.choice([0.3, 1 - 1e-7, 1, 1 + 1e-7, 1 + 4e-7, 3]))
+
+        clipped = update(grads, limit)
+        again = update(clipped, limit)
+
+        if measure == "tree":
+            after = tree_norm(trees.float64(clipped))
+            assert after <= limit
+            assert after >= min(limit, whole) * (1 - lowest)
+        else:
+            for g, size in zip(clipped, sizes, strict=True):
+                assert tree_norm(trees.float64(g)) <= min(limit, size * (1 + 1e-12))
+        trees.assert_same_bits(again, clipped)
+
+
+# -- 0 norm; limit 0; limit inf; 0 and 0: unchanged; zeros; unchanged; zeros
+
+
+@every_variant
+@pytest.mark.parametrize("limit", [0.0, 1.0, INF])
+def test_zero_gradients_stay_zero(row, limit):
+    """Zero gradients give zeros under any limit, never NaN."""
+    zeros = jax.tree.map(jnp.zeros_like, trees.floats())
+
+    updates, state = once(row.make(limit), zeros, trees.floats(seed=2))
+
+    trees.assert_same_bits(updates, zeros)
+    assert np.isfinite(state.metrics.factor)
+
+
+@every_variant
+def test_limit_zero_gives_zeros_and_limit_inf_nothing(row):
+    """Limit 0 gives a zero update, and inf leaves every bit."""
+    grads = trees.floats()
+
+    none, _ = once(row.make(0.0), grads)
+    same, _ = once(row.make(INF), grads)
+
+    assert all(not np.any(x) for x in jax.tree.leaves(none))
+    trees.assert_same_bits(same, grads)
+
+
+@every_variant
+def test_derivatives_through_the_update_are_finite(row):
+    """Gradients and JVPs through the update are finite, with respect to the limit too."""
+    params = trees.floats(seed=2)
+
+    @jax.jit
+    def derivatives(grads, limit):
+        def loss(grads, limit):
+            updates, _ = once(row.make(limit), grads, params)
+            return sum(jnp.sum(x) for x in jax.tree.leaves(updates))
+
+        ones = jax.tree.map(jnp.ones_like, grads)
+        tangent = jax.jvp(lambda g: loss(g, limit), (grads,), (ones,))[1]
+        return jax.grad(loss, argnums=(0, 1))(grads, limit), tangent
+
+    for zero_leaves in ([], ["dense"], list(params)):
+        grads = trees.floats()
+        grads.update({name: jnp.zeros_like(grads[name]) for name in zero_leaves})
+        for limit in (0.0, 1.0, INF):
+            chex.assert_tree_all_finite(derivatives(grads, jnp.float32(limit)))
+
+
+def test_derivative_through_the_update_is_right():
+    """The derivative of a clipped update is that of c g / ||g||, by finite differences."""
+    grads = {"a": trees.normal(3), "b": trees.normal(4)}
+    loss = lambda g: sum(
+        jnp.sum(x**3) for x in jax.tree.leaves(once(oc.clip_by_global_norm(), g)[0])
+    )
+
+    chex.assert_trees_all_close(
+        jax.grad(loss)(grads), _finite_differences(loss, grads), rtol=1e-2, atol=1e-3
+    )
+
+
+# -- norm not finite: the policy decides; the memory is as if the step had not been
+
+
+@every_measure
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_policy_zero(measure, bad):
+    """By default a group with a bad entry gives zeros, and the others are clipped as ever."""
+    good = trees.floats()
+    grads = {**good, "bias": good["bias"].at[3].set(bad)}
+    tx = oc.clip(measure, oc.threshold.constant(1.0))
+
+    updates, state = once(tx, grads)
+    expected, _ = once(tx, good)
+
+    chex.assert_tree_all_finite(updates)
+    lost = np.zeros(8, bool)
+    lost[3 if measure is MEASURES["element"] else slice(None)] = True
+    assert not np.any(updates["bias"][lost])
+    if measure is MEASURES["tree"] or measure is MEASURES["layer"]:
+        assert not np.any(updates["dense"])  # the bad entry is in the group of these leaves too
+    else:
+        trees.assert_same_bits(updates["dense"], expected["dense"])
+    assert int(state.metrics.nonfinite_steps) == 1
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_policy_propagate(bad):
+    """nonfinite="propagate" lets the bad entry through, visibly."""
+    grads = {"a": jnp.array([3.0, bad]), "b": jnp.array([4.0])}
+
+    updates, state = once(oc.clip_by_norm(nonfinite="propagate"), grads)
+
+    assert np.isnan(updates["a"][1])
+    np.testing.assert_allclose(updates["b"], [1.0])
+    assert int(state.metrics.nonfinite_steps) == 1
+    assert not np.isfinite(state.metrics.clipped_norm)
+
+
+@every_measure
+@pytest.mark.parametrize("limit", [1.0, 1000.0])
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_policy_sanitize(measure, bad, limit):
+    """nonfinite="sanitize" treats what is left as if the bad entries had been zero."""
+    good = trees.floats()
+    grads = {**good, "bias": good["bias"].at[3].set(bad)}
+    tx = functools.partial(oc.clip, measure, oc.threshold.constant(limit))
+
+    updates, state = once(tx(nonfinite="sanitize"), grads)
+    expected, _ = once(tx(), {**good, "bias": good["bias"].at[3].set(0.0)})
+
+    trees.assert_close(updates, expected, rtol=1e-6)
+    assert int(state.metrics.nonfinite_steps) == 1
+    assert np.isfinite(state.metrics.norm)
+
+
+@every_measure
+@pytest.mark.parametrize("policy", ["zero", "propagate", "sanitize"])
+@pytest.mark.parametrize("bad_steps", [(0,), (1,), (0, 3), (4,)])
+def test_memory_never_sees_a_bad_step(measure, policy, bad_steps):
+    """After bad steps the memory of their groups is bit for bit that of a run without them."""
+    tx = oc.clip(measure, learning(), nonfinite=policy)
+    update = jax.jit(tx.update)
+    stream = [trees.floats(seed=i) for i in range(5)]
+
+    def run(steps, spoiled=()):
+        state = tx.init(stream[0])
+        for i in steps:
+            bad = jax.tree.map(lambda g: jnp.full_like(g, NAN), stream[i])
+            _, state = update(bad if i in spoiled else stream[i], state)
+        return state
+
+    seen = run(range(5), spoiled=bad_steps)
+    never = run([i for i in range(5) if i not in bad_steps])
+
+    is_clock = lambda x: isinstance(x, Clock)
+    freeze = lambda memory: jax.tree.map(
+        lambda x: () if is_clock(x) else x, memory, is_leaf=is_clock
+    )
+    if policy == "sanitize":  # a tree of NaN is a tree of zeros, which is a step like another
+        chex.assert_tree_all_finite(seen.memory)
+    else:
+        trees.assert_same_bits(freeze(seen.memory), freeze(never.memory))
+    clocks = [x for x in jax.tree.leaves(seen.memory, is_leaf=is_clock) if is_clock(x)]
+    assert {int(clock.step) for clock in clocks} == {5}
+    assert int(seen.metrics.nonfinite_steps) == len(bad_steps)
+
+
+def test_one_bad_leaf_freezes_its_own_memory_only():
+    """Per leaf, the memory of a bad leaf stays and that of a good leaf learns."""
+    tx = oc.clip(oc.measure.leaf_norm(), learning())
+    grads = {"bad": jnp.array([NAN]), "good": jnp.array([2.0])}
+
+    _, state = once(tx, grads)
+
+    np.testing.assert_array_equal(state.memory["seen"], [0, 1])
+    np.testing.assert_array_equal(state.memory["recent"][0], [0.0, 2.0])
+
+
+def test_bad_steps_for_ever_leave_the_state_finite():
+    """1000 steps of which 1 % are bad leave a finite memory and true counters."""
+    tx = oc.clip(oc.measure.leaf_norm(), learning())
+    norms = jnp.where(jnp.arange(1000) % 100 == 7, NAN, jnp.ones(1000))
+
+    def body(state, norm):
+        updates, state = tx.update([jnp.ones(3) * norm], state)
+        return state, updates
+
+    state, updates = jax.lax.scan(body, tx.init([jnp.ones(3)]), norms)
+
+    chex.assert_tree_all_finite((state.memory, updates))
+    assert (int(state.metrics.steps), int(state.metrics.nonfinite_steps)) == (1000, 10)
+
+
+# -- norm from 1e-31 to 3.4e38, any dtype: measured right
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-25, 1e-15, 1.0, 1e10, 1e15, 1e20, 1e30, 3e36])
+@pytest.mark.parametrize("ord", [1, 2, 3, 10, INF])
+def test_float32_range(size, ord):
+    """Entries from 1e-30 to 3e36 are measured and clipped as any other, under every order."""
+    grads = {"a": trees.normal(50) * size, "b": jnp.float32(size)}
+    expected = tree_norm(trees.float64(grads), ord)
+    limit = expected / 2
+
+    updates, state = once(oc.clip_by_global_norm(np.float32(limit), ord=ord), grads)
+    _, leafwise = once(oc.clip_by_norm(ord=ord), grads)
+
+    assert state.metrics.norm == pytest.approx(expected, rel=1e-6)
+    assert tree_norm(trees.float64(updates), ord) == pytest.approx(limit, rel=1e-6)
+    largest = max(norm(x, ord).item() for x in jax.tree.leaves(trees.float64(grads)))
+    assert leafwise.metrics.norm == pytest.approx(largest, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("entry", "count", "limit"), [(300.0, 1, 1.0), (1e-4, 10**6, 0.01), (6e-8, 100, 1e-7)]
+)
+def test_float16_range(entry, count, limit):
+    """float16 gradients whose squares overflow or vanish in float16 are clipped right."""
+    grads = jnp.full(count, entry, jnp.float16)
+    expected = tree_norm(trees.float64(grads))
+
+    updates, state = once(oc.clip_by_global_norm(limit), grads)
+
+    assert state.metrics.norm == pytest.approx(expected, rel=1e-6)
+    # A result below float16's normal numbers is rounded to a multiple of 2^-24.
+    tolerance = 2.0**-11 + 2.0**-25 * np.sqrt(count) / limit
+    assert tree_norm(trees.float64(updates)) == pytest.approx(limit, rel=tolerance)
+
+
+def test_bfloat16_of_many_leaves():
+    """1000 bfloat16 leaves, which Optax clips to 1.77 times the limit, end at the limit."""
+    grads = [trees.normal(128, dtype=jnp.bfloat16, seed=i) for i in range(1000)]
+
+    updates, _ = once(oc.clip_by_global_norm(1.0), grads)
+
+    assert tree_norm(trees.float64(updates)) == pytest.approx(1.0, rel=2.0**-9)
+
+
+def test_norm_of_many_entries():
+    """A float32 norm of 1e7 equal entries is right to 3e-7."""
+    _, state = once(oc.clip_by_global_norm(), jnp.full(10**7, 0.1))
+
+    assert state.metrics.norm == pytest.approx(float(np.float32(0.1)) * 10**3.5, rel=3e-7)
+
+
+# -- None, empty, zero-size, scalar, complex leaves: accepted; others pass through
+
+
+@every_variant
+@pytest.mark.parametrize("mode", ["eager", "jit"])
+def test_every_kind_of_leaf(row, mode):
+    """Structure, shapes and dtypes survive every kind of leaf; what is no float is untouched."""
+    grads = trees.mixed()
+    float0 = grads.pop("float0")
+    tx = row.make()
+    update = tx.update
+    if mode == "jit":  # float0 cannot enter a jitted function
+        update = jax.jit(tx.update)
+    else:
+        grads["float0"] = float0
+
+    updates, state = update(grads, tx.init(grads), grads)
+
+    assert jax.tree.structure(updates) == jax.tree.structure(grads)
+    for new, old in zip(jax.tree.leaves(updates), jax.tree.leaves(grads), strict=True):
+        assert jnp.shape(new) == jnp.shape(old)
+        assert jnp.result_type(new) == jnp.result_type(old)
+    for name in ("integer", "bool"):
+        trees.assert_same_bits(updates[name], grads[name])
+    if mode == "eager":
+        assert updates["float0"] is float0
+    assert np.isfinite(state.metrics.norm)
+
+
+@every_variant
+@pytest.mark.parametrize("grads", [{}, None, (), {"i": jnp.arange(3)}, jnp.zeros((0, 3))], ids=str)
+def test_trees_without_entries(row, grads):
+    """A tree without a single float entry is no error, and clips nothing."""
+    updates, state = once(row.make(), grads)
+
+    trees.assert_same_bits(updates, grads)
+    assert state.metrics.clipped == 0
+
+
+def test_complex_leaves_keep_their_phase():
+    """A complex leaf counts with its modulus and is shrunk, not turned."""
+    grads = jnp.array([3 + 4j, 0 + 12j], jnp.complex64)
+
+    whole, state = once(oc.clip_by_global_norm(1.3), grads)
+    entries, _ = once(oc.clip_by_value(1.0), grads)
+
+    assert state.metrics.norm == pytest.approx(13.0, rel=1e-6)
+    np.testing.assert_allclose(whole, np.array(grads) / 10, rtol=1e-6)
+    np.testing.assert_allclose(entries, [0.6 + 0.8j, 1j], rtol=1e-6)
+
+
+@pytest.mark.parametrize("policy", ["zero", "sanitize"])
+def test_complex_infinities_leave_no_nan(policy):
+    """An infinite complex entry becomes zero, in both of its parts."""
+    grads = jnp.array([complex(INF, 1.0), 3 + 4j], jnp.complex64)
+
+    updates, _ = once(oc.clip_by_global_norm(1.0, nonfinite=policy), grads)
+
+    expected = [0, 0.6 + 0.8j] if policy == "sanitize" else [0, 0]
+    np.testing.assert_allclose(updates, expected, rtol=1e-6)
+
+
+# -- structure, shape, dtype of updates: preserved for every type of threshold
+
+LIMITS = {
+    "int": 1,
+    "float": 1.0,
+    "np.float64": np.float64(1.0),
+    "np.float32": np.float32(1.0),
+    "np.array": np.array(1.0),
+    "strong": jnp.array(1.0, jnp.float32),
+    "weak": jnp.asarray(1.0),
+    "bfloat16": jnp.array(1.0, jnp.bfloat16),
+    "integer array": jnp.array(1),
+    "schedule": optax.constant_schedule(1.0),
+}
+
+
+@every_variant
+@every_dtype
+@pytest.mark.parametrize("limit", LIMITS.values(), ids=LIMITS)
+def test_dtypes_survive_every_type_of_limit(row, dtype, limit):
+    """The updates have the dtype of the gradients, whatever the threshold is made of."""
+    grads = {"w": trees.normal(4, 3, dtype=dtype), "b": trees.normal(3, dtype=jnp.bfloat16)}
+    tx = row.make(limit)
+
+    updates = jax.eval_shape(lambda g: once(tx, g)[0], grads)
+
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, grads)
+    assert not any(x.weak_type for x in jax.tree.leaves(updates))
+
+
+@pytest.mark.parametrize("limit", LIMITS.values(), ids=LIMITS)
+def test_every_type_of_limit_clips_alike(limit):
+    """All ways of writing the threshold 1 clip to 1, traced ones included."""
+    grads = jnp.array([3.0, 4.0])
+
+    updates, _ = once(oc.clip_by_global_norm(limit), grads)
+    np.testing.assert_allclose(updates, [0.6, 0.8], rtol=1e-6)
+
+    if not callable(limit):
+        traced = jax.jit(lambda m: once(oc.clip_by_global_norm(m), grads)[0])
+        np.testing.assert_allclose(traced(limit), [0.6, 0.8], rtol=1e-6)
+
+
+# -- state: same pytree, dtypes and sharding from init on; donation; one compilation
+
+
+@every_variant
+@every_dtype
+def test_state_keeps_structure_and_dtypes(row, dtype):
+    """The state has one structure, strong dtypes and shapes from init on, abstract params too."""
+    params = trees.floats(dtype=dtype)
+    tx = row.make()
+
+    state = tx.init(params)
+    abstract = jax.eval_shape(tx.init, params)
+    structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    from_abstract = tx.init(structs)
+    _, after = jax.eval_shape(tx.update, params, state, params)
+
+    for other in (abstract, from_abstract, after):
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, other)
+    for x in jax.tree.leaves(after):
+        assert not x.weak_type
+        assert x.dtype in (jnp.float32, jnp.int32)
+    trees.assert_same_bits(from_abstract, state)
+
+
+@every_variant
+def test_one_compilation(row):
+    """Five jitted steps compile once."""
+    tx = row.make()
+    grads = trees.floats()
+    step = jax.jit(chex.assert_max_traces(lambda g, s: tx.update(g, s, g)[1], n=1))
+    state = tx.init(grads)
+
+    for _ in range(5):
+        state = step(grads, state)
+
+    assert step._cache_size() == 1
+    assert int(state.metrics.steps) == 5
+    chex.clear_trace_counter()
+
+
+def test_buffers_can_be_donated():
+    """No two parts of a fresh state share a buffer, so gradients and state can be donated."""
+    tx = oc.clip(oc.measure.leaf_norm(), learning())
+    grads = trees.floats()
+    state = tx.init(grads)
+    pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state)]
+    step = jax.jit(tx.update, donate_argnums=(0, 1))
+
+    for _ in range(3):
+        grads, state = step(grads, state)
+
+    assert len(set(pointers)) == len(pointers)
+    assert int(state.metrics.steps) == 3
+
+
+def test_state_does_not_alias_parameters():
+    """The buffers of a fresh state are none of the parameters'."""
+    params = [jnp.zeros(()), jnp.zeros((1,))]
+    state = oc.clip(oc.measure.leaf_norm(), learning()).init(params)
+
+    own = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(state)}
+
+    assert own.isdisjoint({x.unsafe_buffer_pointer() for x in params})
+
+
+# -- limit traced and negative or NaN: zeros, never a flipped sign
+
+
+@every_variant
+@pytest.mark.parametrize("bad", [-1.0, NAN, -INF])
+def test_a_bad_traced_limit_never_flips_a_sign(row, bad):
+    """A limit that turns out negative or NaN gives zeros, and the metrics show it."""
+    grads = trees.floats()
+
+    updates, state = jax.jit(lambda m: once(row.make(m), grads))(jnp.float32(bad))
+
+    assert all(not np.any(x) for x in jax.tree.leaves(updates))
+    assert not float(state.metrics.limit) >= 0
+
+
+# -- what holds beside the table
+
+
+def test_skip_drops_what_is_too_large():
+    """scale.skip makes a group above its limit zero and leaves the others."""
+    tx = oc.clip(oc.measure.leaf_norm(), oc.threshold.constant(1.0), oc.scale.skip)
+    grads = {"large": jnp.array([3.0, 4.0]), "small": jnp.array([0.3])}
+
+    updates, _ = once(tx, grads)
+
+    np.testing.assert_array_equal(updates["large"], [0.0, 0.0])
+    trees.assert_same_bits(updates["small"], grads["small"])
+
+
+def test_vmap_over_thresholds_and_seeds():
+    """A vmapped clip gives each lane what it would get alone, bad lanes included."""
+    limits = jnp.array([0.5, 1.0, 2.0])
+    grads = jnp.stack([trees.normal(6, scale=3.0), jnp.full(6, NAN), jnp.full(6, 1e25)])
+    single = lambda m, g: once(oc.clip_by_global_norm(m), g)
+
+    updates, state = jax.vmap(single)(limits, grads)
+
+    for i in range(3):
+        alone, own = single(limits[i], grads[i])
+        np.testing.assert_allclose(updates[i], alone, rtol=1e-6)
+        trees.assert_close(jax.tree.map(lambda x, i=i: x[i], state), own, rtol=1e-6)
+
+
+@every_variant
+def test_disabled_jit_and_debugging_flags(row):
+    """A variant runs without jit, with tracer leaks checked and with NaN debugging."""
+    grads = {**trees.floats(), "zero": jnp.zeros(3)}
+    expected, _ = once(row.make(), grads)
+
+    with jax.disable_jit():
+        plain, _ = once(row.make(), grads)
+    with jax.checking_leaks():
+        checked, _ = jax.jit(lambda g: once(row.make(), g))(grads)
+    with jax.debug_nans(True):
+        finite, _ = once(row.make(), grads)
+
+    for updates in (plain, checked, finite):
+        trees.assert_close(updates, expected, rtol=1e-6)
+
+
+def _finite_differences(fun, tree, step=1e-2):
+    leaves, treedef = jax.tree.flatten(tree)
+    slopes = []
+    for i, leaf in enumerate(leaves):
+        slope = np.zeros(leaf.shape, np.float32)
+        for j in range(leaf.size):
+            moved = [
+                fun(treedef.unflatten([*leaves[:i], leaf.at[j].add(s), *leaves[i + 1 :]]))
+                for s in (step, -step)
+            ]
+            slope[j] = (moved[0] - moved[1]) / (2 * step)
+        slopes.append(jnp.asarray(slope))
+    return treedef.unflatten(slopes)
