@@ -1,0 +1,53 @@
+"""Scales: factors at, below and above the limit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from optaxclip import scale
+
+NORMS = jnp.array([0.0, 0.5, 1.0, 1.0000001, 4.0, 1e30])
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (scale.rescale, [1, 1, 1, 1 / 1.0000001, 0.25, 1e-30]),
+        (scale.skip, [1, 1, 1, 0, 0, 0]),
+        (scale.normalize, [1, 2, 1, 1 / 1.0000001, 0.25, 1e-30]),
+        (scale.strict, [1, 1, 1 - 2.0**-20, 1 - 2.0**-20, 0.25, 1e-30]),
+    ],
+)
+def test_factors_under_limit_one(rule, expected):
+    """Each scale gives the factor of its table, exactly 1 where nothing is to be done."""
+    factor = rule(NORMS, jnp.ones_like(NORMS))
+
+    np.testing.assert_allclose(factor, expected, rtol=1.5 * 2.0**-20)
+    exact = np.array(expected) == 1
+    np.testing.assert_array_equal(np.asarray(factor)[exact], 1)
+
+
+@pytest.mark.parametrize("rule", [scale.rescale, scale.skip, scale.normalize, scale.strict])
+def test_factors_at_the_ends(rule):
+    """Limit 0 gives 0 to every norm but 0, and limit inf gives 1."""
+    ones = jnp.ones_like(NORMS)
+
+    np.testing.assert_array_equal(rule(NORMS, 0 * ones), NORMS == 0)
+    np.testing.assert_array_equal(rule(NORMS, jnp.inf * ones), ones)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn])
+def test_strict_rounds_towards_zero(dtype):
+    """The cast of `strict` never rounds up, is the nearest below, and has the slope of a cast."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=1000), jnp.float32)
+
+    low = scale.strict.cast(x, dtype)
+
+    wide, exact = np.asarray(low, np.float64), np.asarray(x, np.float64)
+    assert (np.abs(wide) <= np.abs(exact)).all()
+    away = jnp.where(x > 0, jnp.full_like(low, 400), jnp.full_like(low, -400))
+    above = np.asarray(jnp.nextafter(low, away), np.float64)
+    assert (np.abs(above) > np.abs(exact)).all()
+    slope = jax.grad(lambda x: jnp.sum(scale.strict.cast(x, dtype).astype(jnp.float32)))(x)
+    np.testing.assert_array_equal(slope, 1)
