@@ -34,66 +34,78 @@ def positive(**named: Any) -> None:
 
 
 def order(**named: Any) -> None:
-    """Accepts the order of a norm, which shapes the program and so cannot be traced."""
-    allowed = "a real number >= 1 or inf"
+    """Accepts the order of a norm."""
     for name, value in named.items():
-        if isinstance(value, jax.Array):
-            _refuse(
-                TypeError, name, value,
-                f"{allowed}, not a JAX array; under optax.inject_hyperparams, list {name!r} in "
-                "static_args",
-            )  # fmt: skip
-        _number(name, value, allowed, lambda x: x >= 1)
-
-
-def steps(**named: Any) -> None:
-    """Accepts a whole number of steps >= 1 or a () array."""
-    for name, value in named.items():
-        allowed = "a whole number of steps >= 1"
-        if isinstance(value, float) and math.isfinite(value):
-            _refuse(TypeError, name, value, allowed)
-        _number(name, value, allowed, lambda x: 1 <= x < math.inf)
-
-
-def choice(allowed: Collection[str], **named: Any) -> None:
-    """Accepts one of a few words."""
-    for name, value in named.items():
-        if value not in allowed:
-            _refuse(ValueError, name, value, "one of " + ", ".join(map(repr, allowed)))
-
-
-def instance(kind: type, example: str, **named: Any) -> None:
-    """Accepts a piece of the algebra, and shows how to make one."""
-    for name, value in named.items():
-        if not isinstance(value, kind):
-            _refuse(TypeError, name, value, f"a {kind.__name__}, such as {example}")
+        _static(name, value)
+        _number(name, value, "a real number >= 1 or inf", lambda x: x >= 1)
 
 
 def axes(**named: Any) -> None:
     """Accepts None, an axis, a tuple of axes or a function (path, leaf) -> axes."""
     for name, value in named.items():
+        _static(name, value)
         parts = value if isinstance(value, tuple) else (value,)
         whole = all(
             isinstance(part, numbers.Integral) and not isinstance(part, bool) for part in parts
         )
         if not (value is None or callable(value) or whole):
             allowed = "None, an int, a tuple of ints or a function (path, leaf) -> axes"
-            _refuse(TypeError, name, value, allowed)
+            _refuse(TypeError, name, repr(value), allowed)
+
+
+def steps(**named: Any) -> None:
+    """Accepts a whole number of steps >= 1 or a () array."""
+    for name, value in named.items():
+        allowed = "a whole number of steps >= 1 or a () array"
+        if isinstance(value, float) and math.isfinite(value):
+            _refuse(TypeError, name, repr(value), allowed)
+        _number(name, value, allowed, lambda x: 1 <= x < math.inf)
+
+
+def choice(allowed: Collection[Any], **named: Any) -> None:
+    """Accepts one of a few values."""
+    for name, value in named.items():
+        if not any(value is one or value == one for one in allowed):
+            _refuse(ValueError, name, repr(value), "one of " + ", ".join(map(repr, allowed)))
+
+
+def instance(kind: type, example: str, **named: Any) -> None:
+    """Accepts a piece of the algebra, and shows how to make one."""
+    for name, value in named.items():
+        if not isinstance(value, kind):
+            _refuse(TypeError, name, repr(value), f"a {kind.__name__}, such as {example}")
+
+
+def function(example: str, **named: Any) -> None:
+    """Accepts a function, and shows one."""
+    for name, value in named.items():
+        if not callable(value):
+            _refuse(TypeError, name, repr(value), f"a function, such as {example}")
+
+
+def _static(name: str, value: Any) -> None:
+    """Refuses arrays for what shapes the program and so cannot be traced."""
+    if isinstance(value, jax.Array):
+        allowed = (
+            f"a Python value, no JAX array (optax.inject_hyperparams makes one of a number unless "
+            f"{name!r} is in its static_args)"
+        )
+        _refuse(TypeError, name, repr(value), allowed)
 
 
 def _number(name: str, value: Any, allowed: str, holds: Callable[[Any], bool]) -> None:
     array = isinstance(value, (jax.Array, np.ndarray, np.generic))
-    if not array and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
-        _refuse(TypeError, name, value, allowed)
-    real = array and any(jnp.issubdtype(value.dtype, k) for k in (jnp.integer, jnp.floating))
-    if array and not real:
-        _refuse(TypeError, name, value, allowed)
+    if array:
+        real = any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.integer, jnp.floating))
+    else:
+        real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real:
+        _refuse(TypeError, name, repr(value), allowed)
     if array and value.shape != ():
         _refuse(ValueError, name, f"an array of shape {value.shape}", allowed)
     if not isinstance(value, jax.Array) and not holds(value):
-        _refuse(ValueError, name, value, allowed)
+        _refuse(ValueError, name, repr(value), allowed)
 
 
-def _refuse(error: type[Exception], name: str, value: Any, allowed: str) -> NoReturn:
-    message = f"{name} must be {allowed}; got {value if isinstance(value, str) else repr(value)}"
-    raise error(message)
+def _refuse(error: type[Exception], name: str, shown: str, allowed: str) -> NoReturn:
+    raise error(f"{name} must be {allowed}; got {shown}")

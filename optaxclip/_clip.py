@@ -66,8 +66,8 @@ def clip(
       nonfinite: what becomes of a group whose norm is inf or NaN. "zero": a zero update.
         "propagate": NaN stays NaN, as in Optax. "sanitize": bad entries become zero, the others
         are measured and clipped without them.
-      record: whether the state keeps :class:`Metrics`. They cost one more read of the gradients
-        with `measure.element()`, and nothing that can be measured otherwise.
+      record: whether the state keeps :class:`Metrics`. Only with `measure.element()` do they need
+        another pass over the gradients.
 
     Returns:
       A transformation whose state is a :class:`ClipState`.
@@ -85,7 +85,9 @@ def clip(
     """
     _check.instance(Measure, "measure.global_norm()", measure=measure)
     _check.instance(Threshold, "threshold.constant(1.0)", threshold=threshold)
+    _check.function("scale.rescale", scale=scale)
     _check.choice(NONFINITE, nonfinite=nonfinite)
+    _check.choice((True, False), record=record)
 
     def init(params: Tree) -> ClipState:
         floats, _ = _part(params)
@@ -150,7 +152,7 @@ def _limited(
         mask = finite.reshape((1,) * (new.ndim - finite.ndim) + finite.shape)
         return jnp.where(mask, new.astype(old.dtype), old)
 
-    is_clock = lambda x: isinstance(x, Clock)  # noqa: E731 - a predicate for one call
+    is_clock = lambda x: isinstance(x, Clock)
     return limit, jax.tree.map(kept, learned, memory, is_leaf=is_clock)
 
 

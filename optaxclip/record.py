@@ -23,11 +23,12 @@ class Metrics(NamedTuple):
     `norm` is what came in, `clipped_norm` what went out.
     """
 
-    norm: jax.Array  # () float32, largest norm before clipping; inf or NaN in a bad step
+    norm: jax.Array  # () float32, largest norm before clipping; not finite in a bad step, unless
+    #                  nonfinite="sanitize", under which it is the norm without the bad entries
     clipped_norm: jax.Array  # () float32, largest norm after clipping
     limit: jax.Array  # () float32, smallest limit; inf where there is none
     factor: jax.Array  # () float32, smallest factor
-    clipped: jax.Array  # () float32, fraction of the groups with a finite norm and factor < 1
+    clipped: jax.Array  # () float32, fraction of the groups with a finite `norm` and factor < 1
     steps: jax.Array  # () int32, steps so far; as all counters, stays at its largest value
     clipped_steps: jax.Array  # () int32, steps so far in which some group was clipped
     nonfinite_steps: jax.Array  # () int32, steps so far in which some norm was not finite
@@ -58,7 +59,7 @@ def start() -> Metrics:
 
 def observe(before: Metrics, groups: list[Groups]) -> Metrics:
     """The metrics after one more step."""
-    clipped = [g.finite & (g.factor < 1) for g in groups]
+    clipped = [jnp.isfinite(g.norm) & (g.factor < 1) for g in groups]
     count = sum(map(_total, clipped), jnp.zeros((), jnp.float32))
     bad = sum((_total(~g.finite) for g in groups), jnp.zeros((), jnp.float32))
     size = max(sum(c.size for c in clipped), 1)
@@ -99,7 +100,7 @@ def metrics(opt_state: Tree) -> dict[str, jax.Array]:
       >>> print(read["norm"], read["clipped_norm"], read["factor"], read["clipped_steps"])
       5.0 1.0 0.2 1
     """
-    is_clip = lambda x: isinstance(x, ClipState)  # noqa: E731 - used twice, in two lines
+    is_clip = lambda x: isinstance(x, ClipState)
     nodes, _ = jax.tree.flatten_with_path(opt_state, is_leaf=is_clip)
     clips = [(path, node.metrics) for path, node in nodes if is_clip(node)]
     if not clips:

@@ -112,7 +112,7 @@ def clip_by_global_norm(
       max_norm: c >= 0, the largest norm of the tree.
       ord: p, a real number >= 1 or inf; static.
       nonfinite: policy for a tree whose norm is not finite.
-      record: whether to keep metrics; here they are free.
+      record: whether to keep metrics.
 
     Returns:
       A transformation; shapes and dtypes of the updates are those of the gradients.
@@ -227,7 +227,8 @@ def adaptive_grad_clip(
       stacked: the axes of a leaf along which layers are stacked, see
         :func:`optaxclip.measure.stacked`.
       mask: a tree of bools that is a prefix of the parameters, or a function params -> such a
-        tree: which leaves are clipped. The paper leaves the last layer out.
+        tree: which leaves are clipped. The paper leaves the last layer out. Under
+        `optax.inject_hyperparams`, list functions (mask, axis, stacked) in its static_args.
       nonfinite: policy for units whose relative norm is not finite.
       record: whether to keep metrics.
 
@@ -255,6 +256,7 @@ def adaptive_grad_clip(
     needed here and changes no result.
     """
     _check.limit(clipping=clipping)
+    _check.axes(axis=axis, stacked=stacked)
     if per_tensor and axis is not None:
         message = f"axis must be None with per_tensor=True; got {axis!r}"
         raise ValueError(message)

@@ -171,7 +171,7 @@ def stacked(measure: Measure, axes: AxisRule) -> Measure:
 
 def aligned(grads: Tree, params: Tree) -> Tree:
     """The parameters of the leaves that are measured; `grads` has None for the others."""
-    is_none = lambda x: x is None  # noqa: E731 - a predicate for one call
+    is_none = lambda x: x is None
     return jax.tree.map(lambda g, p: None if g is None else p, grads, params, is_leaf=is_none)
 
 

@@ -1,0 +1,77 @@
+"""Sharded gradients on eight virtual devices: results, shardings, compilations."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import trees
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from oracles import VARIANTS, once
+
+SPECS = {
+    "bias": PartitionSpec("x"),
+    "dense": PartitionSpec("x", "y"),
+    "attention": PartitionSpec(None, "y", None),
+    "conv": PartitionSpec(),
+}
+
+
+@pytest.mark.parametrize("row", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name)
+@pytest.mark.parametrize("mode", ["eager", "jit"])
+def test_sharded_equals_unsharded(row, axis_type, mode):
+    """On a mesh, under set_mesh or not, results and shardings are those one would want."""
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type, axis_type))
+    whole = trees.floats()
+    grads = {name: jax.device_put(g, NamedSharding(mesh, SPECS[name])) for name, g in whole.items()}
+    expected, _ = once(row.make(), whole)
+
+    for context in (contextlib.nullcontext(), jax.set_mesh(mesh)):
+        with context:
+            tx = row.make()
+            step = jax.jit(tx.update) if mode == "jit" else tx.update
+            state = first = tx.init(grads)
+            for _ in range(3):
+                updates, state = step(grads, state, grads)
+
+        trees.assert_close(jax.tree.map(np.asarray, updates), expected, rtol=2e-6, atol=1e-7)
+        for name, update in updates.items():
+            assert update.sharding.is_equivalent_to(grads[name].sharding, update.ndim)
+        for before, after in zip(jax.tree.leaves(first), jax.tree.leaves(state), strict=True):
+            assert before.sharding.is_equivalent_to(after.sharding, 0)
+        if mode == "jit":
+            assert step._cache_size() == 1
+
+
+def test_a_nan_on_one_device_is_seen_by_all():
+    """One bad entry on one device makes the whole tree a bad step."""
+    mesh = jax.make_mesh((8,), ("x",))
+    values = np.ones((16, 4), np.float32)
+    values[13, 2] = np.nan
+    grads = {
+        "w": jax.device_put(values, NamedSharding(mesh, PartitionSpec("x"))),
+        "b": jax.device_put(jnp.ones(8), NamedSharding(mesh, PartitionSpec("x"))),
+    }
+
+    updates, state = once(VARIANTS["clip_by_global_norm"].make(), grads)
+
+    assert not any(np.any(np.asarray(x)) for x in jax.tree.leaves(updates))
+    assert int(state.metrics.nonfinite_steps) == 1
+
+
+@pytest.mark.parametrize("variant", ["clip_by_global_norm", "clip_by_norm", "clip_by_block_rms"])
+def test_no_leaf_is_gathered(variant):
+    """The compiled program of a sharded clip holds all-reduces, and no all-gather."""
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    grads = {
+        name: jax.device_put(g, NamedSharding(mesh, SPECS[name]))
+        for name, g in trees.floats().items()
+    }
+    tx = VARIANTS[variant].make()
+
+    program = jax.jit(tx.update).lower(grads, tx.init(grads), grads).compile().as_text()
+
+    assert "all-gather" not in program
+    assert "all-reduce" in program

@@ -1,0 +1,211 @@
+"""Metrics: what they say, and that they are found in whatever holds them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import trees
+from oracles import VARIANTS, once
+
+import optaxclip as oc
+
+GRADS = {"large": jnp.array([3.0, 4.0]), "small": jnp.array([0.5])}
+FIELDS = set(oc.Metrics._fields)
+
+
+def values(state, prefix=""):
+    """The metrics under one prefix as Python numbers."""
+    return {k.removeprefix(prefix): v.item() for k, v in oc.metrics(state).items()}
+
+
+def test_metrics_of_groups():
+    """Over several groups: largest norms, smallest limit and factor, fraction clipped."""
+    _, state = once(oc.clip_by_norm(1.0), GRADS)
+
+    assert values(state) == pytest.approx(
+        {
+            "norm": 5.0,
+            "clipped_norm": 1.0,
+            "limit": 1.0,
+            "factor": 0.2,
+            "clipped": 0.5,
+            "steps": 1,
+            "clipped_steps": 1,
+            "nonfinite_steps": 0,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("scale", "clipped_norm", "factor"),
+    [
+        (oc.scale.rescale, 1.0, 0.2),
+        (oc.scale.skip, 0.0, 0.0),
+        (oc.scale.normalize, 1.0, 0.2),
+        (oc.scale.strict, 1.0, 0.2),
+    ],
+)
+def test_clipped_norm_is_what_goes_out(scale, clipped_norm, factor):
+    """Whatever the scale, `clipped_norm` is the norm of the updates."""
+    tx = oc.clip(oc.measure.global_norm(), oc.threshold.constant(1.0), scale)
+
+    updates, state = once(tx, {"large": GRADS["large"]})
+
+    assert state.metrics.clipped_norm == pytest.approx(clipped_norm, rel=2e-6)
+    assert np.linalg.norm(updates["large"]) == pytest.approx(clipped_norm, rel=2e-6)
+    assert state.metrics.factor == pytest.approx(factor, rel=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("policy", "norm", "clipped_norm", "clipped"),
+    [("zero", np.nan, 1.0, 0.5), ("propagate", np.nan, np.nan, 0.5), ("sanitize", 5.0, 1.0, 1.0)],
+)
+def test_metrics_of_a_bad_step(policy, norm, clipped_norm, clipped):
+    """A bad step shows as it is in `norm`, and as it leaves in `clipped_norm`."""
+    grads = {"bad": jnp.array([jnp.nan, 3.0]), "good": jnp.array([3.0, 4.0])}
+
+    _, state = once(oc.clip_by_norm(nonfinite=policy), grads)
+
+    found = values(state)
+    assert found["norm"] == pytest.approx(norm, nan_ok=True)
+    assert found["clipped_norm"] == pytest.approx(clipped_norm, nan_ok=True)
+    assert found["clipped"] == clipped
+    assert (found["nonfinite_steps"], found["clipped_steps"]) == (1, 1)
+
+
+def test_counters_run_and_saturate():
+    """Counters count their steps, and stay at the largest int32 instead of turning negative."""
+    tx = oc.clip_by_global_norm(1.0)
+    state = tx.init(GRADS)
+    for scale in (0.1, 1.0, np.nan, 1.0):
+        _, state = tx.update(jax.tree.map(lambda g, s=scale: g * s, GRADS), state)
+
+    found = values(state)
+    assert [found[k] for k in ("steps", "clipped_steps", "nonfinite_steps")] == [4, 2, 1]
+
+    last = jnp.int32(np.iinfo(np.int32).max)
+    state = state._replace(metrics=state.metrics._replace(steps=last, clipped_steps=last))
+    _, state = tx.update(GRADS, state)
+    assert state.metrics.steps == state.metrics.clipped_steps == last
+
+
+@pytest.mark.parametrize("row", VARIANTS.values(), ids=VARIANTS)
+def test_record_can_be_left_out(row):
+    """With record=False the updates are the same and the state holds no metrics."""
+    grads = trees.floats()
+    expected, _ = once(row.make(), grads)
+
+    updates, state = once(row.make(record=False), grads)
+
+    trees.assert_same_bits(updates, expected)
+    assert jax.tree.leaves(state) == []
+    assert oc.metrics(state) == {}
+
+
+WRAPPERS = {
+    "bare": lambda tx: tx,
+    "chain": lambda tx: optax.chain(tx, optax.adam(0.1)),
+    "named_chain": lambda tx: optax.named_chain(("clip", tx), ("adam", optax.adam(0.1))),
+    "masked": lambda tx: optax.masked(tx, {"large": True, "small": False}),
+    "partition": lambda tx: optax.partition(
+        {"clip": tx, "free": optax.identity()}, {"large": "clip", "small": "free"}
+    ),
+    "MultiSteps": lambda tx: optax.MultiSteps(
+        optax.chain(tx, optax.sgd(0.1)), every_k_schedule=1
+    ).gradient_transformation(),
+    "apply_if_finite": lambda tx: optax.apply_if_finite(optax.chain(tx, optax.sgd(0.1)), 3),
+    "lookahead of chain": lambda tx: optax.chain(optax.chain(tx), optax.trace(0.9)),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.parametrize("mode", ["eager", "jit", "scan"])
+def test_found_in_every_wrapper(wrap, mode):
+    """Metrics are read from any nesting, eagerly, inside jit and out of a scan."""
+    tx = wrap(oc.clip_by_norm(1.0))
+    with jax.numpy_dtype_promotion("standard"):  # optax.adam mixes dtypes
+        _check_wrapped(tx, mode)
+
+
+def _check_wrapped(tx, mode):
+    state = tx.init(GRADS)
+
+    def step(state, _):
+        _, state = tx.update(GRADS, state, GRADS)
+        return state, oc.metrics(state)
+
+    if mode == "scan":
+        state, stacked = jax.lax.scan(step, state, None, 3)
+        assert stacked["steps"].tolist() == [1, 2, 3]
+    else:
+        _, found = (jax.jit(step) if mode == "jit" else step)(state, None)
+        state, _ = step(state, None)
+        assert set(found) == FIELDS
+        assert all(x.shape == () for x in found.values())
+    assert values(state)["norm"] == 5.0
+    assert values(state)["clipped_norm"] == 1.0
+
+
+def test_found_under_inject_hyperparams():
+    """Metrics are read through inject_hyperparams, whose threshold can be a schedule or set."""
+    with jax.numpy_dtype_promotion("standard"):
+        schedule = optax.linear_schedule(4.0, 2.0, 2)
+        tx = optax.inject_hyperparams(oc.clip_by_global_norm)(max_norm=schedule)
+        state = tx.init(GRADS["large"])
+        for limit in (4.0, 3.0, 2.0):
+            _, state = jax.jit(tx.update)(GRADS["large"], state, GRADS["large"])
+            assert values(state)["limit"] == limit
+
+        tx = optax.inject_hyperparams(oc.clip_by_global_norm)(max_norm=1.0)
+        state = tx.init(GRADS["large"])
+        assert set(state.hyperparams) == {"max_norm"}
+        state.hyperparams["max_norm"] = jnp.float32(2.5)
+        updates, state = tx.update(GRADS["large"], state, GRADS["large"])
+    np.testing.assert_allclose(updates, [1.5, 2.0], rtol=1e-6)
+    assert values(state)["limit"] == 2.5
+
+
+@pytest.mark.parametrize(
+    ("tx", "prefixes"),
+    [
+        (optax.chain(oc.clip_by_norm(2.0), oc.clip_by_value(), optax.sgd(1.0)), {"0/", "1/"}),
+        (
+            optax.named_chain(("leaf", oc.clip_by_norm(2.0)), ("value", oc.clip_by_value())),
+            {"leaf/", "value/"},
+        ),
+        (
+            optax.partition(
+                {"a": oc.clip_by_norm(2.0), "b": oc.clip_by_value()}, {"large": "a", "small": "b"}
+            ),
+            {"a/", "b/"},
+        ),
+        (
+            optax.chain(
+                optax.partition(
+                    {"a": oc.clip_by_norm(2.0), "b": oc.clip_by_value()},
+                    {"large": "a", "small": "b"},
+                ),
+                oc.clip_by_global_norm(),
+                oc.clip_by_global_norm(record=False),
+            ),
+            {"0/a/", "0/b/", "1/"},
+        ),
+    ],
+)
+def test_several_clips_have_a_prefix_each(tx, prefixes):
+    """Each of several clips is told by its place: a position, a name or a label."""
+    _, state = once(tx, GRADS)
+
+    found = oc.metrics(state)
+
+    assert set(found) == {prefix + field for prefix in prefixes for field in FIELDS}
+    first = min(prefixes)
+    assert found[first + "norm"] == 5.0
+    assert found[first + "limit"] == 2.0
+
+
+def test_a_state_without_a_clip_is_an_error():
+    """Metrics of a state in which there is no clip say so, instead of being empty."""
+    with pytest.raises(ValueError, match="no clip of optaxclip in this state"):
+        oc.metrics(optax.adam(0.1).init(GRADS))
