@@ -29,12 +29,10 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
-import hashlib
 import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any, NamedTuple
 
 import jax
@@ -42,6 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from _plots import draw
+from _text import Text, read_text
 from flax import linen as nn
 from flax.training.train_state import TrainState
 from rich.box import SIMPLE_HEAD
@@ -185,43 +184,6 @@ def train(name: str, text: Text, args: argparse.Namespace, advance: Callable[...
     return Run(name, kind.measures, history, valid_bits, time.perf_counter() - began)
 
 
-# ---------------------------------------------------------------------------------- the text
-
-
-class Text(NamedTuple):
-    """Real English, as numbers."""
-
-    train: np.ndarray  # (chunks, streams, CHUNK + 1), each chunk going on where the last ended
-    valid: np.ndarray  # the same, of the last twentieth of the text
-    vocabulary: int
-    unigram_bits: float  # what guessing by letter frequency alone costs per character
-    about: str
-
-
-def read_text() -> Text:
-    """The reference of the Python language as it came with this Python."""
-    text = "\n\n".join(topics[key] for key in sorted(topics))
-    characters, codes, counts = np.unique(list(text), return_inverse=True, return_counts=True)
-    share = counts / len(text)
-    unigram_bits = float(-(share @ np.log2(share)))
-    about = (
-        f"text: {len(text):,} characters, sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]}\n"
-        f"guessing blindly costs {math.log2(len(characters)):.2f} bits per character, "
-        f"by letter frequency alone {unigram_bits:.2f}"
-    )
-    cut = len(text) - len(text) // 20
-    codes = codes.astype(np.int32)
-    train, valid = chunked(codes[:cut], STREAMS), chunked(codes[cut:], 8)
-    return Text(train, valid, len(characters), unigram_bits, about)
-
-
-def chunked(codes: np.ndarray, streams: int) -> np.ndarray:
-    """Parallel streams cut into chunks that share one character, the label of the one before."""
-    length = len(codes) // streams
-    rows = codes[: length * streams].reshape(streams, length)
-    return np.stack([rows[:, i : i + CHUNK + 1] for i in range(0, length - CHUNK, CHUNK)])
-
-
 # ------------------------------------------------------------------------------- the results
 
 
@@ -298,7 +260,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Trains, shows, writes."""
     args, console = arguments(), Console()
-    text = read_text()
+    text = read_text(streams=STREAMS, chunk=CHUNK)
     console.print(text.about, highlight=False)
     columns = (
         TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(),

@@ -1,0 +1,42 @@
+"""Every example runs as a user runs it, in a short mode."""
+
+import csv
+import pathlib
+import subprocess
+import sys
+
+EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+
+
+def run(name, *arguments):
+    """What a program of examples/ prints."""
+    command = [sys.executable, "-W", "error", EXAMPLES / name, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_char_lm(tmp_path):
+    """The main job prints its table and writes its picture and the metrics of every step."""
+    done = run("char_lm.py", "--steps", 12, "--clippers", "none,norm=0.01", "--out", tmp_path)
+
+    assert done.returncode == 0, done.stderr
+    for word in ("sha256", "bits/char", "none", "norm=0.01", "clipped"):
+        assert word in done.stdout
+    assert (tmp_path / "char_lm.png").read_bytes().startswith(b"\x89PNG")
+    with (tmp_path / "metrics.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    steps = [(name, str(i)) for name in ("none", "norm=0.01") for i in range(1, 13)]
+    assert [(line["clipper"], line["step"]) for line in lines] == steps
+    assert all(float(line["loss_bits"]) > 0 for line in lines)
+    free, clipped = lines[:12], lines[12:]
+    assert all(line["factor"] == "1.0" and line["limit"] == "inf" for line in free)
+    assert any(float(line["clipped"]) > 0 for line in clipped)
+    assert all(float(line["clipped_norm"]) <= 0.01 * (1 + 1e-6) for line in clipped)
+
+
+def test_char_lm_names_its_clippers():
+    """An unknown clipper is a sentence with the choices, not a traceback."""
+    done = run("char_lm.py", "--clippers", "none,magic")
+
+    assert done.returncode == 2
+    assert "no clipper 'magic'; choose from none, value, norm, global_norm" in done.stderr
+    assert "Traceback" not in done.stderr
