@@ -15,16 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-LIMIT = (
-    "a number >= 0, a () array or a schedule step -> value (inf turns clipping off, 0 gives zeros)"
-)
-
 
 def limit(**named: Any) -> None:
     """Accepts what can limit a norm: a number >= 0, inf included, a () array or a schedule."""
+    allowed = (
+        "a number >= 0, a () array or a schedule step -> value "
+        "(inf turns clipping off, 0 gives zeros)"
+    )
     for name, value in named.items():
         if not callable(value):
-            _number(name, value, LIMIT, lambda x: x >= 0)
+            _number(name, value, allowed, lambda x: x >= 0)
 
 
 def positive(**named: Any) -> None:
@@ -57,9 +57,7 @@ def steps(**named: Any) -> None:
     """Accepts a whole number of steps >= 1 or a () array."""
     for name, value in named.items():
         allowed = "a whole number of steps >= 1 or a () array"
-        if isinstance(value, float) and math.isfinite(value):
-            _refuse(TypeError, name, repr(value), allowed)
-        _number(name, value, allowed, lambda x: 1 <= x < math.inf)
+        _number(name, value, allowed, lambda x: 1 <= x < math.inf and x == int(x))
 
 
 def choice(allowed: Collection[Any], **named: Any) -> None:
@@ -98,7 +96,7 @@ def _number(name: str, value: Any, allowed: str, holds: Callable[[Any], bool]) -
     if array:
         real = any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.integer, jnp.floating))
     else:
-        real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        real = isinstance(value, int | float) and not isinstance(value, bool)
     if not real:
         _refuse(TypeError, name, repr(value), allowed)
     if array and value.shape != ():

@@ -36,15 +36,17 @@ def clip(
     ======================================  ======================================================
     case                                    result
     ======================================  ======================================================
-    finite norm <= limit                    gradients bit for bit unchanged
+    finite norm <= limit, as measured       gradients bit for bit unchanged
     finite norm > limit                     norm of the result <= limit x (1 + a few eps of the
                                             leaf dtype); with `scale.strict` <= limit exactly, and
-                                            clipping twice gives the bits of clipping once
+                                            clipping twice gives the bits of clipping once (its
+                                            docstring says down from where it counts as above)
     norm 0; limit 0; limit inf; 0 and 0     unchanged; zeros; unchanged; zeros: never NaN, in the
                                             derivative through the update neither
     norm not finite                         `nonfinite` decides for the group; the memory is bit
                                             for bit as if the step had not been, clocks apart
-    norm from 1e-31 to 3.4e38, any dtype    measured right, in float32 (float64 for float64)
+    entries from 1e-31, norm to 3.4e38      measured right in any dtype, in float32 sums (float64
+                                            sums for float64 leaves, to 1e170)
     None, empty, zero-size, scalar,         accepted; integer, bool and float0 leaves pass through
     complex leaves                          untouched and uncounted
     structure, shape, dtype, sharding       preserved, whatever the type of the threshold
@@ -53,8 +55,8 @@ def clip(
     limit traced and negative or NaN        zeros: never a flipped sign; the metrics show it
     ======================================  ======================================================
 
-    Two limits of float32 remain. A norm above 3.4e38 counts as not finite. A factor below 1.2e-38,
-    say limit 1 over norm 1e38, is flushed to zero, and so is the update.
+    Two limits of float32 remain. A leaf whose Euclidean norm is above 3.4e38 counts as not finite.
+    A factor below 1.2e-38, say limit 1 over norm 1e38, is flushed to zero, and so is the update.
 
     A zero update is not a skipped step: the moments of an Adam after the clip still decay.
 
@@ -144,6 +146,7 @@ def _limited(
     threshold: Threshold, norm: jax.Array, finite: jax.Array, memory: Tree
 ) -> tuple[jax.Array, Tree]:
     """The limit, and the memory as it was wherever the norm is not finite."""
+    finite &= jnp.isfinite(norm.astype(jnp.float32))  # the dtype of memories
     limit, learned = threshold.update(jnp.where(finite, norm, 0), memory)
 
     def kept(new: Any, old: Any) -> Any:
@@ -163,7 +166,8 @@ def _scaled(
     counts = jnp.isfinite(norm)  # under "sanitize", of what is left without the bad entries
     allowed = jnp.where(limit >= 0, limit, 0)  # a limit that is negative or NaN allows nothing
     if nonfinite == "propagate":
-        factor = scale(norm, allowed)
+        # A norm of inf or NaN has the factor that limit / norm would have.
+        factor = jnp.where(counts, scale(norm, allowed), 1 / norm)
         return Groups(norm, norm * factor, limit, factor, finite)
     # A group that does not count is of norm 1 and allowed 0: every scale makes it vanish.
     norm_or_1 = jnp.where(counts, norm, 1)
@@ -201,13 +205,17 @@ def _sanitized(x: jax.Array) -> jax.Array:
 
 
 def _beside(params: Tree, state: ClipState) -> ClipState:
-    """The state on the mesh of the parameters, where the first step would put it anyway.
+    """The state on the mesh or device of the parameters, where the first step would put it anyway.
 
-    Left on one device, it would change its sharding in that step, and the step be compiled twice.
+    Left elsewhere, it would change its sharding in that step, and the step be compiled twice.
     """
     for x in jax.tree.leaves(params):
-        sharding = None if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
+        if isinstance(x, jax.core.Tracer):
+            continue
+        sharding = getattr(x, "sharding", None)
         if isinstance(sharding, jax.sharding.NamedSharding):
             replicated = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
             return jax.device_put(state, replicated)
+        if getattr(x, "committed", False):
+            return jax.device_put(state, sharding)
     return state

@@ -44,10 +44,10 @@ class ClipState(NamedTuple):
 class Groups(NamedTuple):
     """One step, group by group: arrays of one shape."""
 
-    norm: jax.Array  # float32, before clipping
-    clipped_norm: jax.Array  # float32, after clipping
-    limit: jax.Array  # float32
-    factor: jax.Array  # float32
+    norm: jax.Array  # float32 or float64, before clipping
+    clipped_norm: jax.Array  # as norm, after clipping
+    limit: jax.Array  # as norm
+    factor: jax.Array  # as norm
     finite: jax.Array  # bool, whether the norm of what came in was finite
 
 
@@ -104,7 +104,10 @@ def metrics(opt_state: Tree) -> dict[str, jax.Array]:
     nodes, _ = jax.tree.flatten_with_path(opt_state, is_leaf=is_clip)
     clips = [(path, node.metrics) for path, node in nodes if is_clip(node)]
     if not clips:
-        message = "no clip of optaxclip in this state: pass the optimizer state that holds it"
+        message = (
+            "no clip of optaxclip in this state: pass the optimizer state that holds it, "
+            "or the TrainState or nnx.Optimizer (not its nnx.state)"
+        )
         raise ValueError(message)
     clips = [(path, record) for path, record in clips if record is not None]
     names = _names([path for path, _ in clips])

@@ -1,5 +1,7 @@
 """Bad arguments: errors at construction that name the argument, its value and what is allowed."""
 
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,7 +105,8 @@ def test_good_thresholds(make, value):
         ),
         (lambda: measure.relative(None, 1.0), TypeError, "measure must be a Measure"),
         (lambda: threshold.until(0, None, None), ValueError, "steps must be a whole number of"),
-        (lambda: threshold.until(1.5, None, None), TypeError, "steps must be .*; got 1.5"),
+        (lambda: threshold.until(1.5, None, None), ValueError, "steps must be .*; got 1.5"),
+        (lambda: oc.clip_by_norm(Fraction(1, 2)), TypeError, "max_norm must be .*; got Fraction"),
         (
             lambda: threshold.until(1, 1.0, threshold.constant(1.0)),
             TypeError,

@@ -125,7 +125,7 @@ def test_strict_is_exact_and_idempotent(dtype, measure):
     tx = lambda limit: oc.clip(MEASURES[measure], oc.threshold.constant(limit), oc.scale.strict)
     update = jax.jit(lambda g, m: once(tx(m), g)[0])
     rng = np.random.default_rng(1)
-    lowest = {jnp.float32: 2e-6, jnp.bfloat16: 8e-3, jnp.float16: 2e-3}[dtype]
+    lowest = {jnp.float32: 4e-6, jnp.bfloat16: 8e-3, jnp.float16: 2e-3}[dtype]
     for case in range(150):
         grads = [trees.normal(n, dtype=dtype, seed=case, scale=4.0) for n in (1, 8, 1000)]
         sizes = [tree_norm(trees.float64(g)) for g in grads]
@@ -144,6 +144,22 @@ def test_strict_is_exact_and_idempotent(dtype, measure):
             for g, size in zip(clipped, sizes, strict=True):
                 assert tree_norm(trees.float64(g)) <= min(limit, size * (1 + 1e-12))
         trees.assert_same_bits(again, clipped)
+
+
+@pytest.mark.parametrize("ord", [1, 2, 3, INF])
+def test_strict_is_exact_for_equal_entries(ord):
+    """Where float32 sums are at their worst, in sums of equal entries, strict still holds."""
+    strict = lambda m: oc.clip(oc.measure.leaf_norm(ord), oc.threshold.constant(m), oc.scale.strict)
+    update = jax.jit(lambda g, m: once(strict(m), g)[0])
+    rng = np.random.default_rng(2)
+    for _ in range(200):
+        grads = [jnp.full(n, rng.uniform(0.1, 10), jnp.float32) for n in (129, 1023)]
+        limit = np.float32(rng.uniform(0.1, 300))
+
+        clipped = update(grads, limit)
+
+        assert all(norm(trees.float64(g), ord).item() <= limit for g in clipped)
+        trees.assert_same_bits(update(clipped, limit), clipped)
 
 
 # -- 0 norm; limit 0; limit inf; 0 and 0: unchanged; zeros; unchanged; zeros
@@ -205,6 +221,30 @@ def test_derivative_through_the_update_is_right():
     chex.assert_trees_all_close(
         jax.grad(loss)(grads), _finite_differences(loss, grads), rtol=1e-2, atol=1e-3
     )
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-20, 1.0, 1e12, 1e20])
+@pytest.mark.parametrize("part", [0.0, 0.2])
+def test_derivatives_are_right_at_every_scale(scale, part):
+    """The Jacobian of a clip does not depend on the scale of gradient and limit together."""
+    grads = jnp.array([3.0, 4.0]) * scale
+    limit = jnp.float32(part * 5.0 * scale)
+    update = lambda g: once(oc.clip_by_global_norm(limit), g)[0]
+
+    expected = part * (np.eye(2) - np.outer([3, 4], [3, 4]) / 25)
+    for jacobian in (jax.jacrev(update), jax.jacfwd(update)):
+        np.testing.assert_allclose(jacobian(grads), expected, atol=1e-6)
+
+
+def test_derivative_with_respect_to_parameters():
+    """AGC's derivative with respect to the weights is finite and right for large gradients."""
+    grads = jnp.array([3e9, 4e9])
+    update = lambda p: once(oc.adaptive_grad_clip(0.5), grads, p)[0]
+
+    # u = 0.5 ||p|| g / ||g||, so du/dp = 0.5 (g / ||g||) (p / ||p||)^T
+    jacobian = jax.jacrev(update)(jnp.array([4.0, 3.0]))
+
+    np.testing.assert_allclose(jacobian, 0.5 * np.outer([0.6, 0.8], [0.8, 0.6]), rtol=1e-5)
 
 
 # -- norm not finite: the policy decides; the memory is as if the step had not been
@@ -285,10 +325,7 @@ def test_memory_never_sees_a_bad_step(measure, policy, bad_steps):
     freeze = lambda memory: jax.tree.map(
         lambda x: () if is_clock(x) else x, memory, is_leaf=is_clock
     )
-    if policy == "sanitize":  # a tree of NaN is a tree of zeros, which is a step like another
-        chex.assert_tree_all_finite(seen.memory)
-    else:
-        trees.assert_same_bits(freeze(seen.memory), freeze(never.memory))
+    trees.assert_same_bits(freeze(seen.memory), freeze(never.memory))
     clocks = [x for x in jax.tree.leaves(seen.memory, is_leaf=is_clock) if is_clock(x)]
     assert {int(clock.step) for clock in clocks} == {5}
     assert int(seen.metrics.nonfinite_steps) == len(bad_steps)
@@ -320,7 +357,35 @@ def test_bad_steps_for_ever_leave_the_state_finite():
     assert (int(state.metrics.steps), int(state.metrics.nonfinite_steps)) == (1000, 10)
 
 
-# -- norm from 1e-31 to 3.4e38, any dtype: measured right
+@every_measure
+@pytest.mark.parametrize("scale", ["rescale", "skip", "normalize", "strict"])
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_propagate_swallows_nothing(measure, scale, bad):
+    """Whatever the scale, a bad entry stays visible where it was under "propagate"."""
+    grads = trees.floats()
+    grads["bias"] = grads["bias"].at[3].set(bad)
+    rule = getattr(oc.scale, scale)
+
+    updates, _ = once(
+        oc.clip(measure, oc.threshold.constant(1.0), rule, nonfinite="propagate"), grads
+    )
+
+    assert np.isnan(updates["bias"][3])
+
+
+def test_a_norm_too_large_for_a_memory_does_not_enter_it():
+    """A float64 norm above float32's range is clipped, and not remembered as inf."""
+    with jax.enable_x64(True):
+        tx = oc.clip(oc.measure.leaf_norm(), learning())
+        grads = [jnp.array([1e39], jnp.float64), jnp.array([2.0], jnp.float64)]
+
+        _, state = once(tx, grads)
+
+        np.testing.assert_array_equal(state.memory["seen"], [0, 1])
+        chex.assert_tree_all_finite(state.memory)
+
+
+# -- entries from 1e-31, norm to 3.4e38: measured right in any dtype
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-25, 1e-15, 1.0, 1e10, 1e15, 1e20, 1e30, 3e36])
@@ -338,6 +403,39 @@ def test_float32_range(size, ord):
     assert tree_norm(trees.float64(updates), ord) == pytest.approx(limit, rel=1e-6)
     largest = max(norm(x, ord).item() for x in jax.tree.leaves(trees.float64(grads)))
     assert leafwise.metrics.norm == pytest.approx(largest, rel=1e-6)
+
+
+@pytest.mark.parametrize("eps", [1e-3, 1e-6, 1e-12])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e6, 1e20])
+def test_relative_norms_at_every_scale(eps, size):
+    """AGC holds its bound however small eps and weights, and however large gradients are."""
+    grads, zeros = jnp.full((64, 4), size), jnp.zeros((64, 4))
+
+    updates, state = once(oc.adaptive_grad_clip(0.01, eps=eps), grads, zeros)
+
+    assert norm(trees.float64(updates), axis=0)[0, 0] == pytest.approx(0.01 * eps, rel=1e-6)
+    assert state.metrics.norm == pytest.approx(8 * size / eps, rel=1e-6)
+
+
+def test_relative_norms_of_enormous_and_lost_weights():
+    """Weights of 1e20 are measured right; a unit with an infinite weight is a bad unit."""
+    grads, weights = jnp.full((4, 1), 1e25), jnp.full((4, 1), 1e20)
+
+    updates, state = once(oc.adaptive_grad_clip(0.01), grads, weights)
+
+    np.testing.assert_allclose(updates, 0.01 * weights, rtol=1e-6)
+    assert state.metrics.norm == pytest.approx(1e5, rel=1e-6)
+    updates, state = once(oc.adaptive_grad_clip(0.01), grads, weights.at[0].set(INF))
+    assert not np.any(updates)
+    assert int(state.metrics.nonfinite_steps) == 1
+
+
+def test_normalize_stays_finite():
+    """A factor that would leave float32's range is its largest number, and zeros stay zeros."""
+    updates, _ = once(oc.normalize_by_global_norm(1e8), jnp.array([1e-31, 0.0]))
+
+    assert np.isfinite(updates).all()
+    assert updates[1] == 0
 
 
 @pytest.mark.parametrize(
@@ -515,6 +613,19 @@ def test_one_compilation(row):
     assert step._cache_size() == 1
     assert int(state.metrics.steps) == 5
     chex.clear_trace_counter()
+
+
+def test_one_compilation_on_a_device_that_was_chosen():
+    """Parameters that were put on some device take the state there, so the step compiles once."""
+    tx = oc.clip_by_norm()
+    grads = jax.device_put(trees.floats(), jax.devices()[1])
+    step = jax.jit(tx.update)
+    state = tx.init(grads)
+
+    for _ in range(3):
+        _, state = step(grads, state)
+
+    assert step._cache_size() == 1
 
 
 def test_buffers_can_be_donated():

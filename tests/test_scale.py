@@ -7,6 +7,7 @@ import pytest
 
 from optaxclip import scale
 
+STRICT = 1 - 50 * 2.0**-24
 NORMS = jnp.array([0.0, 0.5, 1.0, 1.0000001, 4.0, 1e30])
 
 
@@ -16,14 +17,14 @@ NORMS = jnp.array([0.0, 0.5, 1.0, 1.0000001, 4.0, 1e30])
         (scale.rescale, [1, 1, 1, 1 / 1.0000001, 0.25, 1e-30]),
         (scale.skip, [1, 1, 1, 0, 0, 0]),
         (scale.normalize, [1, 2, 1, 1 / 1.0000001, 0.25, 1e-30]),
-        (scale.strict, [1, 1, 1 - 2.0**-20, 1 - 2.0**-20, 0.25, 1e-30]),
+        (scale.strict, [1, 1, *(STRICT * np.array([1, 1 / 1.0000001, 0.25, 1e-30]))]),
     ],
 )
 def test_factors_under_limit_one(rule, expected):
     """Each scale gives the factor of its table, exactly 1 where nothing is to be done."""
     factor = rule(NORMS, jnp.ones_like(NORMS))
 
-    np.testing.assert_allclose(factor, expected, rtol=1.5 * 2.0**-20)
+    np.testing.assert_allclose(factor, expected, rtol=2 * 2.0**-24)
     exact = np.array(expected) == 1
     np.testing.assert_array_equal(np.asarray(factor)[exact], 1)
 

@@ -133,6 +133,8 @@ def test_nnx_optimizer():
 
     assert int(found["0/steps"]) == int(found["0/clipped_steps"]) == 3
     assert found["0/norm"] > 1
+    with pytest.raises(ValueError, match=r"not its nnx\.state"):
+        oc.metrics(nnx.state(optimizer))
     assert all(type(x) is type(jnp.zeros(())) for x in found.values())
     assert {k: v.item() for k, v in found.items()} == {k: v.item() for k, v in inside.items()}
 

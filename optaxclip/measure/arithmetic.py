@@ -1,8 +1,8 @@
 """numbers -> norm: the one file that adds numbers up, in float32 whatever the leaf's dtype.
 
 A float32 sum of squares is right only while the squares are neither flushed to zero nor beyond
-the largest float. :func:`in_range` keeps it there for every norm from 2^-103 (1e-31) to the
-largest float, 3.4e38, without a cost in the usual case.
+the largest float. :func:`in_range` keeps it there for entries from 2^-103 (1e-31) on, as long as
+their Euclidean norm is below the largest float, 3.4e38.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def root(total: jax.Array, ord: float) -> jax.Array:
 def in_range(measure: Measure, grads: Tree, params: Tree) -> Tree:
     """The norms of `measure`, right wherever they fit into float32.
 
-    The first pass measures 2^40 g, exactly, and is enough for norms in [2^-103, 2^22). Only in a
-    step where some norm is larger or not finite does a second pass measure 2^-64 g.
+    The first pass measures 2^40 g and is enough for norms below 2^22. Only in a step where some
+    norm is larger or not finite does a second pass measure 2^-64 g.
     """
     if not measure.sums:
         return measure.norms(grads, params)
@@ -127,6 +127,21 @@ def _square(x: jax.Array) -> jax.Array:
     if jnp.iscomplexobj(x):  # real leaves never see .imag, which an Explicit mesh refuses
         return jnp.square(jnp.real(x)) + jnp.square(jnp.imag(x))
     return jnp.square(x)
+
+
+@jax.custom_jvp
+def quotient(over: jax.Array, under: jax.Array) -> jax.Array:
+    """Divides, with a derivative that is right where under^2, which JAX divides by, is not."""
+    return over / under
+
+
+@quotient.defjvp
+def _quotient_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    over, under = primals
+    value = quotient(over, under)
+    return value, (tangents[0] - value * tangents[1]) / under
 
 
 def _where_positive(fun: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:

@@ -31,11 +31,12 @@ def resolve(rule: AxisRule, path: str, leaf: jax.Array) -> Axes | None:
     chosen = rule(path, leaf) if callable(rule) else rule
     if chosen is None:
         return None
-    axes = (chosen,) if not isinstance(chosen, tuple) else chosen
-    if any(not -leaf.ndim <= a < leaf.ndim for a in axes):
-        message = f"axis {chosen} is out of range for leaf {path!r} of shape {leaf.shape}"
+    axes = (chosen,) if isinstance(chosen, int) else tuple(chosen)
+    counted = tuple(a % leaf.ndim for a in axes if -leaf.ndim <= a < leaf.ndim)
+    if len(set(counted)) < len(axes):
+        message = f"axis {chosen} is out of range for, or twice in, leaf {path!r} of {leaf.shape}"
         raise ValueError(message)
-    return tuple(a % leaf.ndim for a in axes)
+    return counted
 
 
 def split(tree: Tree, keys: Sequence[str]) -> dict[str, Tree]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from optaxclip import _check
 
+from .arithmetic import in_range, quotient
 from .base import Axes, AxisRule, Measure, Tree, merge, places, resolve, split
 
 
@@ -69,7 +70,7 @@ def relative(measure: Measure, eps: float | jax.Array) -> Measure:
         zero can move.
 
     Returns:
-      A measure with the norms of `measure`, divided.
+      A measure with the norms of `measure`, divided; NaN where the parameters are not finite.
 
     Raises:
       TypeError, ValueError: if an argument is not such; at update, ValueError if it was called
@@ -91,14 +92,16 @@ def relative(measure: Measure, eps: float | jax.Array) -> Measure:
         if params is None and jax.tree.leaves(grads):
             message = "a relative norm needs the parameters: call update(grads, state, params)"
             raise ValueError(message)
-        sizes = measure.norms(aligned(grads, params), None)
-        return jax.tree.map(_ratio, measure.norms(grads, None), sizes)
+        # Each is brought into range by itself: their ratio says nothing of how large they are.
+        sizes = in_range(measure, aligned(grads, params), None)
+        return jax.tree.map(ratio, in_range(measure, grads, None), sizes)
 
-    def _ratio(norm: jax.Array, size: jax.Array) -> jax.Array:
-        size = size.astype(norm.dtype)
-        return norm / jnp.maximum(size, jnp.asarray(eps, norm.dtype))
+    def ratio(norm: jax.Array, size: jax.Array) -> jax.Array:
+        unit = jnp.maximum(size.astype(norm.dtype), jnp.asarray(eps, norm.dtype))
+        # Relative to weights that are lost, no gradient is small.
+        return quotient(norm, jnp.where(jnp.isfinite(unit), unit, jnp.nan))
 
-    return Measure(norms, measure.spread, measure.sums)
+    return Measure(norms, measure.spread, sums=False)
 
 
 def stacked(measure: Measure, axes: AxisRule) -> Measure:
@@ -109,13 +112,13 @@ def stacked(measure: Measure, axes: AxisRule) -> Measure:
 
     Args:
       measure: what is measured in each layer.
-      axes: the stack axes: an int or a tuple for every leaf, or a function (path, leaf) -> int,
-        tuple or None, for trees in which only some leaves are stacked.
+      axes: the stack axes: an int or a tuple for every leaf; None for no leaf; or a function
+        (path, leaf) -> one of these, for trees in which only some leaves are stacked.
 
     Returns:
       A measure whose norms are a dict: under "" the norms of the leaves that are not stacked;
       under the stack's lengths, as "12" or "12x8", those of the stacked ones, with these axes in
-      front.
+      front. Under `global_norm`, one group is layer i of all leaves with stacks of equal length.
 
     Raises:
       TypeError: if an argument is not such. ValueError: at init, if a leaf lacks a stack axis.

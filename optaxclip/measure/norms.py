@@ -114,8 +114,8 @@ def unit_norm(axis: AxisRule = None, ord: float = EUCLIDEAN) -> Measure:
       axis: the axes that are summed over. None: Optax's default, which is the whole leaf if it
         has at most one axis longer than 1, axis 0 at rank 2 and 3, and all axes but the last at
         rank 4 and 5. An int or a tuple: these axes, at every leaf of rank >= 2; a leaf of rank 0
-        or 1 is one unit. A function (path, leaf) -> one of these, for trees in which kernels of
-        one rank mean different things; path is the leaf's place, as "encoder/kernel".
+        or 1 is one unit. A function (path, leaf) -> one of these, asked at rank >= 2, for trees
+        in which kernels of one rank mean different things; path is as "encoder/kernel".
       ord: p, a real number >= 1 or inf; static.
 
     Returns:

@@ -17,7 +17,7 @@ def constant(limit: float | jax.Array | Callable[[jax.Array], Any]) -> Threshold
     """The same limit at every step, or the one that a schedule gives for the step.
 
     Args:
-      limit: a number >= 0, a () array, or an Optax schedule step -> value, where step is a ()
+      limit: a number >= 0, a () array, or a jittable schedule step -> value, where step is a ()
         int32 that starts at 0 and counts every update, those with non-finite norms too. inf
         turns clipping off, 0 gives zero updates.
 
