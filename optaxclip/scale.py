@@ -18,7 +18,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from .measure.arithmetic import quotient
+from .measure.arithmetic import quotient as _quotient
 
 
 def rescale(norm: jax.Array, limit: jax.Array) -> jax.Array:
@@ -134,4 +134,4 @@ strict = _Strict()
 
 def _divide(norm: jax.Array, limit: jax.Array, *, over: jax.Array) -> jax.Array:
     """Divides where `over`, else gives 1: never by 0, in the derivative either."""
-    return quotient(jnp.where(over, limit, 1), jnp.where(over, norm, 1))
+    return _quotient(jnp.where(over, limit, 1), jnp.where(over, norm, 1))

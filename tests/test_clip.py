@@ -1,7 +1,5 @@
 """The guarantees of the engine: one test per row of the table in the docstring of `clip`."""
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -166,15 +164,15 @@ def test_strict_is_exact_for_equal_entries(ord):
 
 
 @every_variant
-@pytest.mark.parametrize("limit", [0.0, 1.0, INF])
-def test_zero_gradients_stay_zero(row, limit):
+def test_zero_gradients_stay_zero(row):
     """Zero gradients give zeros under any limit, never NaN."""
     zeros = jax.tree.map(jnp.zeros_like, trees.floats())
+    update = jax.jit(lambda limit: once(row.make(limit), zeros, trees.floats(seed=2)))
 
-    updates, state = once(row.make(limit), zeros, trees.floats(seed=2))
-
-    trees.assert_same_bits(updates, zeros)
-    assert np.isfinite(state.metrics.factor)
+    for limit in (0.0, 1.0, INF):
+        updates, state = update(limit)
+        trees.assert_same_bits(updates, zeros)
+        assert np.isfinite(state.metrics.factor)
 
 
 @every_variant
@@ -286,49 +284,49 @@ def test_policy_propagate(bad):
 
 
 @every_measure
-@pytest.mark.parametrize("limit", [1.0, 1000.0])
-@pytest.mark.parametrize("bad", [NAN, INF, -INF])
-def test_policy_sanitize(measure, bad, limit):
+def test_policy_sanitize(measure):
     """nonfinite="sanitize" treats what is left as if the bad entries had been zero."""
     good = trees.floats()
-    grads = {**good, "bias": good["bias"].at[3].set(bad)}
-    tx = functools.partial(oc.clip, measure, oc.threshold.constant(limit))
+    tx = lambda limit, policy: oc.clip(measure, oc.threshold.constant(limit), nonfinite=policy)
+    zero, sanitize = (
+        jax.jit(lambda g, m, policy=policy: once(tx(m, policy), g))
+        for policy in ("zero", "sanitize")
+    )
 
-    updates, state = once(tx(nonfinite="sanitize"), grads)
-    expected, _ = once(tx(), {**good, "bias": good["bias"].at[3].set(0.0)})
-
-    trees.assert_close(updates, expected, rtol=1e-6)
-    assert int(state.metrics.nonfinite_steps) == 1
-    assert np.isfinite(state.metrics.norm)
+    for limit in (1.0, 1000.0, INF):
+        expected, _ = zero({**good, "bias": good["bias"].at[3].set(0.0)}, limit)
+        for bad in (NAN, INF, -INF):
+            updates, state = sanitize({**good, "bias": good["bias"].at[3].set(bad)}, limit)
+            trees.assert_close(updates, expected, rtol=1e-6)
+            assert int(state.metrics.nonfinite_steps) == 1
+            assert np.isfinite(state.metrics.norm)
 
 
 @every_measure
 @pytest.mark.parametrize("policy", ["zero", "propagate", "sanitize"])
-@pytest.mark.parametrize("bad_steps", [(0,), (1,), (0, 3), (4,)])
-def test_memory_never_sees_a_bad_step(measure, policy, bad_steps):
-    """After bad steps the memory of their groups is bit for bit that of a run without them."""
+def test_memory_never_sees_a_bad_step(measure, policy):
+    """After bad steps the memory is bit for bit that of a run without them, clocks apart."""
     tx = oc.clip(measure, learning(), nonfinite=policy)
     update = jax.jit(tx.update)
     stream = [trees.floats(seed=i) for i in range(5)]
+    is_clock = lambda x: isinstance(x, Clock)
 
     def run(steps, spoiled=()):
         state = tx.init(stream[0])
         for i in steps:
             bad = jax.tree.map(lambda g: jnp.full_like(g, NAN), stream[i])
             _, state = update(bad if i in spoiled else stream[i], state)
-        return state
+        leaves = jax.tree.leaves(state.memory, is_leaf=is_clock)
+        clocks = {int(x.step) for x in leaves if is_clock(x)}
+        return [x for x in leaves if not is_clock(x)], clocks, state.metrics
 
-    seen = run(range(5), spoiled=bad_steps)
-    never = run([i for i in range(5) if i not in bad_steps])
+    for bad_steps in [(0,), (1,), (0, 3), (4,)]:
+        memory, clocks, metrics = run(range(5), spoiled=bad_steps)
+        never, _, _ = run([i for i in range(5) if i not in bad_steps])
 
-    is_clock = lambda x: isinstance(x, Clock)
-    freeze = lambda memory: jax.tree.map(
-        lambda x: () if is_clock(x) else x, memory, is_leaf=is_clock
-    )
-    trees.assert_same_bits(freeze(seen.memory), freeze(never.memory))
-    clocks = [x for x in jax.tree.leaves(seen.memory, is_leaf=is_clock) if is_clock(x)]
-    assert {int(clock.step) for clock in clocks} == {5}
-    assert int(seen.metrics.nonfinite_steps) == len(bad_steps)
+        trees.assert_same_bits(memory, never)
+        assert clocks == {5}
+        assert int(metrics.nonfinite_steps) == len(bad_steps)
 
 
 def test_one_bad_leaf_freezes_its_own_memory_only():
@@ -359,18 +357,16 @@ def test_bad_steps_for_ever_leave_the_state_finite():
 
 @every_measure
 @pytest.mark.parametrize("scale", ["rescale", "skip", "normalize", "strict"])
-@pytest.mark.parametrize("bad", [NAN, INF])
-def test_propagate_swallows_nothing(measure, scale, bad):
+def test_propagate_swallows_nothing(measure, scale):
     """Whatever the scale, a bad entry stays visible where it was under "propagate"."""
-    grads = trees.floats()
-    grads["bias"] = grads["bias"].at[3].set(bad)
     rule = getattr(oc.scale, scale)
+    tx = oc.clip(measure, oc.threshold.constant(1.0), rule, nonfinite="propagate")
+    update = jax.jit(lambda g: once(tx, g)[0])
+    grads = trees.floats()
 
-    updates, _ = once(
-        oc.clip(measure, oc.threshold.constant(1.0), rule, nonfinite="propagate"), grads
-    )
-
-    assert np.isnan(updates["bias"][3])
+    for bad in (NAN, INF):
+        updates = update({**grads, "bias": grads["bias"].at[3].set(bad)})
+        assert np.isnan(updates["bias"][3])
 
 
 def test_a_norm_too_large_for_a_memory_does_not_enter_it():
@@ -388,21 +384,23 @@ def test_a_norm_too_large_for_a_memory_does_not_enter_it():
 # -- entries from 1e-31, norm to 3.4e38: measured right in any dtype
 
 
-@pytest.mark.parametrize("size", [1e-30, 1e-25, 1e-15, 1.0, 1e10, 1e15, 1e20, 1e30, 3e36])
 @pytest.mark.parametrize("ord", [1, 2, 3, 10, INF])
-def test_float32_range(size, ord):
+def test_float32_range(ord):
     """Entries from 1e-30 to 3e36 are measured and clipped as any other, under every order."""
-    grads = {"a": trees.normal(50) * size, "b": jnp.float32(size)}
-    expected = tree_norm(trees.float64(grads), ord)
-    limit = expected / 2
+    whole = jax.jit(lambda g, m: once(oc.clip_by_global_norm(m, ord=ord), g))
+    leafwise = jax.jit(lambda g: once(oc.clip_by_norm(ord=ord), g)[1].metrics.norm)
 
-    updates, state = once(oc.clip_by_global_norm(np.float32(limit), ord=ord), grads)
-    _, leafwise = once(oc.clip_by_norm(ord=ord), grads)
+    for size in (1e-30, 1e-25, 1e-15, 1.0, 1e10, 1e15, 1e20, 1e30, 3e36):
+        grads = {"a": trees.normal(50) * size, "b": jnp.float32(size)}
+        wide = trees.float64(grads)
+        expected = tree_norm(wide, ord)
 
-    assert state.metrics.norm == pytest.approx(expected, rel=1e-6)
-    assert tree_norm(trees.float64(updates), ord) == pytest.approx(limit, rel=1e-6)
-    largest = max(norm(x, ord).item() for x in jax.tree.leaves(trees.float64(grads)))
-    assert leafwise.metrics.norm == pytest.approx(largest, rel=1e-6)
+        updates, state = whole(grads, np.float32(expected / 2))
+
+        assert state.metrics.norm == pytest.approx(expected, rel=1e-6)
+        assert tree_norm(trees.float64(updates), ord) == pytest.approx(expected / 2, rel=1e-6)
+        largest = max(norm(x, ord).item() for x in jax.tree.leaves(wide))
+        assert leafwise(grads) == pytest.approx(largest, rel=1e-6)
 
 
 @pytest.mark.parametrize("eps", [1e-3, 1e-6, 1e-12])
@@ -452,15 +450,6 @@ def test_float16_range(entry, count, limit):
     # A result below float16's normal numbers is rounded to a multiple of 2^-24.
     tolerance = 2.0**-11 + 2.0**-25 * np.sqrt(count) / limit
     assert tree_norm(trees.float64(updates)) == pytest.approx(limit, rel=tolerance)
-
-
-def test_bfloat16_of_many_leaves():
-    """1000 bfloat16 leaves, which Optax clips to 1.77 times the limit, end at the limit."""
-    grads = [trees.normal(128, dtype=jnp.bfloat16, seed=i) for i in range(1000)]
-
-    updates, _ = once(oc.clip_by_global_norm(1.0), grads)
-
-    assert tree_norm(trees.float64(updates)) == pytest.approx(1.0, rel=2.0**-9)
 
 
 def test_norm_of_many_entries():
@@ -657,15 +646,15 @@ def test_state_does_not_alias_parameters():
 
 
 @every_variant
-@pytest.mark.parametrize("bad", [-1.0, NAN, -INF])
-def test_a_bad_traced_limit_never_flips_a_sign(row, bad):
+def test_a_bad_traced_limit_never_flips_a_sign(row):
     """A limit that turns out negative or NaN gives zeros, and the metrics show it."""
     grads = trees.floats()
+    update = jax.jit(lambda m: once(row.make(m), grads))
 
-    updates, state = jax.jit(lambda m: once(row.make(m), grads))(jnp.float32(bad))
-
-    assert all(not np.any(x) for x in jax.tree.leaves(updates))
-    assert not float(state.metrics.limit) >= 0
+    for bad in (-1.0, NAN, -INF):
+        updates, state = update(bad)
+        assert all(not np.any(x) for x in jax.tree.leaves(updates))
+        assert not float(state.metrics.limit) >= 0
 
 
 # -- what holds beside the table
@@ -696,10 +685,10 @@ def test_vmap_over_thresholds_and_seeds():
         trees.assert_close(jax.tree.map(lambda x, i=i: x[i], state), own, rtol=1e-6)
 
 
-@every_variant
+@pytest.mark.parametrize("row", [row for name, row in VARIANTS.items() if "ord=" not in name])
 def test_disabled_jit_and_debugging_flags(row):
     """A variant runs without jit, with tracer leaks checked and with NaN debugging."""
-    grads = {**trees.floats(), "zero": jnp.zeros(3)}
+    grads = {"w": trees.normal(3, 2), "zero": jnp.zeros(3)}
     expected, _ = once(row.make(), grads)
 
     with jax.disable_jit():

@@ -18,7 +18,7 @@ SPECS = {
 }
 
 
-@pytest.mark.parametrize("row", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("row", [row for name, row in VARIANTS.items() if "ord=" not in name])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name)
 @pytest.mark.parametrize("mode", ["eager", "jit"])
 def test_sharded_equals_unsharded(row, axis_type, mode):
