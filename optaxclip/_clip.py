@@ -179,9 +179,7 @@ def _multiplied(grads: Tree, factors: Tree, scale: Scale, nonfinite: str) -> Tre
     cast = getattr(scale, "cast", lambda x, dtype: x.astype(dtype))
 
     def multiplied(grad: jax.Array, factor: jax.Array) -> jax.Array:
-        if nonfinite != "propagate":
-            grad = _sanitized(grad)
-        x = widen(grad)
+        x = widen(grad) if nonfinite == "propagate" else _sanitized(widen(grad))
         # A mask over part of a leaf is made of the leaf's own shape: on an Explicit mesh a select
         # refuses a broadcast one, where a product does not.
         factor = factor.astype(real_dtype(x))
@@ -189,7 +187,8 @@ def _multiplied(grads: Tree, factors: Tree, scale: Scale, nonfinite: str) -> Tre
         y = _product(x, factor)
         y = y if y.dtype == grad.dtype else cast(y, grad.dtype)
         # Not y alone: XLA:CPU flushes subnormal numbers in a multiplication by 1.
-        return jnp.where(factor == 1, grad, y)
+        same = _sanitized(grad) if nonfinite == "sanitize" else grad
+        return _where(factor == 1, same, y)
 
     return jax.tree.map(multiplied, grads, jax.tree.broadcast(factors, grads))
 
@@ -201,7 +200,24 @@ def _product(x: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 def _sanitized(x: jax.Array) -> jax.Array:
-    return jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
+    return _where(jnp.isfinite(x), x, jnp.zeros_like(x))
+
+
+@jax.custom_jvp
+def _where(mask: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    """`jnp.where`, bit for bit: XLA:CPU may choose narrow floats as float32, and flush them."""
+    width = jnp.finfo(x.dtype).bits
+    if width >= jnp.finfo(jnp.float32).bits:
+        return jnp.where(mask, x, y)
+    as_bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.dtype(f"uint{width}"))
+    return jax.lax.bitcast_convert_type(jnp.where(mask, as_bits(x), as_bits(y)), x.dtype)
+
+
+@_where.defjvp
+def _where_jvp(
+    primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array]:
+    return _where(*primals), jnp.where(primals[0], tangents[1], tangents[2])
 
 
 def _beside(params: Tree, state: ClipState) -> ClipState:
