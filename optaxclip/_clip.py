@@ -46,7 +46,8 @@ def clip(
     norm not finite                         `nonfinite` decides for the group; the memory is bit
                                             for bit as if the step had not been, clocks apart
     entries from 1e-31, norm to 3.4e38      measured right in any dtype, in float32 sums (float64
-                                            sums for float64 leaves, to 1e170)
+                                            sums for float64 leaves, to 1e170); an entry below
+                                            1e-31 counts as 0
     None, empty, zero-size, scalar,         accepted; integer, bool and float0 leaves pass through
     complex leaves                          untouched and uncounted
     structure, shape, dtype, sharding       preserved, whatever the type of the threshold
@@ -184,19 +185,13 @@ def _multiplied(grads: Tree, factors: Tree, scale: Scale, nonfinite: str) -> Tre
         # refuses a broadcast one, where a product does not.
         factor = factor.astype(real_dtype(x))
         factor = factor * jnp.ones_like(x, factor.dtype) if factor.ndim else factor
-        y = _product(x, factor)
+        y = x * factor.astype(x.dtype)
         y = y if y.dtype == grad.dtype else cast(y, grad.dtype)
         # Not y alone: XLA:CPU flushes subnormal numbers in a multiplication by 1.
         same = _sanitized(grad) if nonfinite == "sanitize" else grad
         return _where(factor == 1, same, y)
 
     return jax.tree.map(multiplied, grads, jax.tree.broadcast(factors, grads))
-
-
-def _product(x: jax.Array, factor: jax.Array) -> jax.Array:
-    if jnp.iscomplexobj(x):  # part by part: a complex product makes NaN of inf x 0
-        return jax.lax.complex(jnp.real(x) * factor, jnp.imag(x) * factor)
-    return x * factor
 
 
 def _sanitized(x: jax.Array) -> jax.Array:

@@ -329,6 +329,15 @@ def test_memory_never_sees_a_bad_step(measure, policy):
         assert int(metrics.nonfinite_steps) == len(bad_steps)
 
 
+def test_a_threshold_is_never_shown_a_bad_norm():
+    """What a threshold makes of the norm of this step is made of 0 where that is not finite."""
+    eager = Threshold(lambda norm: (), lambda norm, memory: (norm + 2.0, memory))
+
+    _, state = once(oc.clip(oc.measure.leaf_norm(), eager), [jnp.array([NAN]), jnp.array([1.0])])
+
+    assert state.metrics.limit == 2.0
+
+
 def test_one_bad_leaf_freezes_its_own_memory_only():
     """Per leaf, the memory of a bad leaf stays and that of a good leaf learns."""
     tx = oc.clip(oc.measure.leaf_norm(), learning())
@@ -387,20 +396,24 @@ def test_a_norm_too_large_for_a_memory_does_not_enter_it():
 @pytest.mark.parametrize("ord", [1, 2, 3, 10, INF])
 def test_float32_range(ord):
     """Entries from 1e-30 to 3e36 are measured and clipped as any other, under every order."""
+    rng = np.random.default_rng(0)
     whole = jax.jit(lambda g, m: once(oc.clip_by_global_norm(m, ord=ord), g))
     leafwise = jax.jit(lambda g: once(oc.clip_by_norm(ord=ord), g)[1].metrics.norm)
 
     for size in (1e-30, 1e-25, 1e-15, 1.0, 1e10, 1e15, 1e20, 1e30, 3e36):
-        grads = {"a": trees.normal(50) * size, "b": jnp.float32(size)}
+        entries = rng.uniform(0.2, 2, 50) * rng.choice([-1, 1], 50)  # below 1e-31 none counts
+        grads = {"a": jnp.float32(entries * size), "b": jnp.float32(size)}
         wide = trees.float64(grads)
         expected = tree_norm(wide, ord)
 
         updates, state = whole(grads, np.float32(expected / 2))
 
-        assert state.metrics.norm == pytest.approx(expected, rel=1e-6)
-        assert tree_norm(trees.float64(updates), ord) == pytest.approx(expected / 2, rel=1e-6)
+        assert state.metrics.norm == pytest.approx(expected, rel=1e-6, abs=0)
+        assert tree_norm(trees.float64(updates), ord) == pytest.approx(
+            expected / 2, rel=1e-6, abs=0
+        )
         largest = max(norm(x, ord).item() for x in jax.tree.leaves(wide))
-        assert leafwise(grads) == pytest.approx(largest, rel=1e-6)
+        assert leafwise(grads) == pytest.approx(largest, rel=1e-6, abs=0)
 
 
 @pytest.mark.parametrize("eps", [1e-3, 1e-6, 1e-12])
@@ -411,8 +424,8 @@ def test_relative_norms_at_every_scale(eps, size):
 
     updates, state = once(oc.adaptive_grad_clip(0.01, eps=eps), grads, zeros)
 
-    assert norm(trees.float64(updates), axis=0)[0, 0] == pytest.approx(0.01 * eps, rel=1e-6)
-    assert state.metrics.norm == pytest.approx(8 * size / eps, rel=1e-6)
+    assert norm(trees.float64(updates), axis=0)[0, 0] == pytest.approx(0.01 * eps, rel=1e-6, abs=0)
+    assert state.metrics.norm == pytest.approx(8 * size / eps, rel=1e-6, abs=0)
 
 
 def test_relative_norms_of_enormous_and_lost_weights():
@@ -422,7 +435,7 @@ def test_relative_norms_of_enormous_and_lost_weights():
     updates, state = once(oc.adaptive_grad_clip(0.01), grads, weights)
 
     np.testing.assert_allclose(updates, 0.01 * weights, rtol=1e-6)
-    assert state.metrics.norm == pytest.approx(1e5, rel=1e-6)
+    assert state.metrics.norm == pytest.approx(1e5, rel=1e-6, abs=0)
     updates, state = once(oc.adaptive_grad_clip(0.01), grads, weights.at[0].set(INF))
     assert not np.any(updates)
     assert int(state.metrics.nonfinite_steps) == 1
@@ -446,17 +459,17 @@ def test_float16_range(entry, count, limit):
 
     updates, state = once(oc.clip_by_global_norm(limit), grads)
 
-    assert state.metrics.norm == pytest.approx(expected, rel=1e-6)
+    assert state.metrics.norm == pytest.approx(expected, rel=1e-6, abs=0)
     # A result below float16's normal numbers is rounded to a multiple of 2^-24.
     tolerance = 2.0**-11 + 2.0**-25 * np.sqrt(count) / limit
-    assert tree_norm(trees.float64(updates)) == pytest.approx(limit, rel=tolerance)
+    assert tree_norm(trees.float64(updates)) == pytest.approx(limit, rel=tolerance, abs=0)
 
 
 def test_norm_of_many_entries():
     """A float32 norm of 1e7 equal entries is right to 3e-7."""
     _, state = once(oc.clip_by_global_norm(), jnp.full(10**7, 0.1))
 
-    assert state.metrics.norm == pytest.approx(float(np.float32(0.1)) * 10**3.5, rel=3e-7)
+    assert state.metrics.norm == pytest.approx(float(np.float32(0.1)) * 10**3.5, rel=3e-7, abs=0)
 
 
 # -- None, empty, zero-size, scalar, complex leaves: accepted; others pass through
@@ -505,7 +518,7 @@ def test_complex_leaves_keep_their_phase():
     whole, state = once(oc.clip_by_global_norm(1.3), grads)
     entries, _ = once(oc.clip_by_value(1.0), grads)
 
-    assert state.metrics.norm == pytest.approx(13.0, rel=1e-6)
+    assert state.metrics.norm == pytest.approx(13.0, rel=1e-6, abs=0)
     np.testing.assert_allclose(whole, np.array(grads) / 10, rtol=1e-6)
     np.testing.assert_allclose(entries, [0.6 + 0.8j, 1j], rtol=1e-6)
 
@@ -582,7 +595,7 @@ def test_state_keeps_structure_and_dtypes(row, dtype):
 
     for other in (abstract, from_abstract, after):
         chex.assert_trees_all_equal_shapes_and_dtypes(state, other)
-    for x in jax.tree.leaves(after):
+    for x in jax.tree.leaves((state, after)):
         assert not x.weak_type
         assert x.dtype in (jnp.float32, jnp.int32)
     trees.assert_same_bits(from_abstract, state)

@@ -24,9 +24,8 @@ EUCLIDEAN: Final[Any] = np.int64(2)
 # Squares of 2^40 x stay normal numbers down to x = 2^-103, so tiny gradients need no second look;
 # zero norms (dead units, unused embedding rows) would ask for one at every step otherwise.
 LIFT = 2.0**40
-# Above this norm, 2^40 x could leave the range (its square reaches 2^124 here, and a float32 sum
-# ends at 2^128): measure again at DROP, under which any norm that float32 can hold is right.
-HIGH = 2.0**22
+# Norms above 2^24 make that sum overflow: they are measured again in this unit, in which every norm
+# that float32 can hold is right.
 DROP = 2.0**-64
 
 
@@ -91,8 +90,8 @@ def root(total: jax.Array, ord: float) -> jax.Array:
 def in_range(measure: Measure, grads: Tree, params: Tree) -> Tree:
     """The norms of `measure`, right wherever they fit into float32.
 
-    The first pass measures 2^40 g and is enough for norms below 2^22. Only in a step where some
-    norm is larger or not finite does a second pass measure 2^-64 g.
+    The first pass measures 2^40 g and is enough for norms below 2^24. Only in a step where it gave
+    inf or NaN somewhere does a second pass measure 2^-64 g.
     """
     if not measure.sums:
         return measure.norms(grads, params)
@@ -106,10 +105,10 @@ def in_range(measure: Measure, grads: Tree, params: Tree) -> Tree:
         return jax.tree.map(lambda norm: norm / unit.astype(norm.dtype), norms)
 
     def again(norms: Tree) -> Tree:
-        return jax.tree.map(lambda n, m: jnp.where(n < HIGH, n, m), norms, at(DROP))
+        return jax.tree.map(lambda n, m: jnp.where(jnp.isfinite(n), n, m), norms, at(DROP))
 
     norms = at(LIFT)
-    fits = [jnp.all(norm < HIGH) for norm in jax.tree.leaves(norms)]
+    fits = [jnp.all(jnp.isfinite(norm)) for norm in jax.tree.leaves(norms)]
     if not fits:
         return norms
     return jax.lax.cond(jnp.all(jnp.stack(fits)), lambda norms: norms, again, norms)
