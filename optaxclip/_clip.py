@@ -181,10 +181,7 @@ def _multiplied(grads: Tree, factors: Tree, scale: Scale, nonfinite: str) -> Tre
 
     def multiplied(grad: jax.Array, factor: jax.Array) -> jax.Array:
         x = widen(grad) if nonfinite == "propagate" else _sanitized(widen(grad))
-        # A mask over part of a leaf is made of the leaf's own shape: on an Explicit mesh a select
-        # refuses a broadcast one, where a product does not.
         factor = factor.astype(real_dtype(x))
-        factor = factor * jnp.ones_like(x, factor.dtype) if factor.ndim else factor
         y = x * factor.astype(x.dtype)
         y = y if y.dtype == grad.dtype else cast(y, grad.dtype)
         # Not y alone: XLA:CPU flushes subnormal numbers in a multiplication by 1.
