@@ -8,8 +8,6 @@ All take their threshold first and the rest by keyword, and these two:
 See :func:`optaxclip.clip` for both, for what is guaranteed, and for the shape of the state. The
 threshold is a number >= 0, a () array or an Optax schedule of the step; inf turns clipping off
 and still measures. In a chain they come first, before the optimizer.
-
-Errors: TypeError or ValueError at construction, with the argument, its value and what is allowed.
 """
 
 from __future__ import annotations

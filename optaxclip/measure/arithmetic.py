@@ -1,12 +1,13 @@
 """numbers -> norm: the one file that adds numbers up, in float32 whatever the leaf's dtype.
 
 A float32 sum of squares is right only while the squares are neither flushed to zero nor beyond
-the largest float. :func:`in_range` keeps it there for entries from 2^-103 (1e-31) on, as long as
-their Euclidean norm is below the largest float, 3.4e38.
+the largest float. :func:`in_range` keeps it there for all normal numbers, 1.2e-38 to 3.4e38, as
+long as their Euclidean norm is one too.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Final
@@ -21,12 +22,12 @@ from .base import Axes, Measure, Tree
 # traced arrays, and the order of a norm shapes the program.
 EUCLIDEAN: Final[Any] = np.int64(2)
 
-# Squares of 2^40 x stay normal numbers down to x = 2^-103, so tiny gradients need no second look;
-# zero norms (dead units, unused embedding rows) would ask for one at every step otherwise.
-LIFT = 2.0**40
-# Norms above 2^24 make that sum overflow: they are measured again in this unit, in which every norm
-# that float32 can hold is right.
-DROP = 2.0**-64
+# A norm from here on has lost nothing that float32 could hold to squares that were flushed: those
+# are below 2^-126 each, and a billion of them below 2^-36 of its own square.
+LOW = 2.0**-30
+# The units in which norms below LOW, and those that came out as inf, are measured again: the first
+# brings the smallest normal number, 2^-126, to where its square is one, and the second the largest.
+LIFT, DROP = 2.0**64, 2.0**-64
 
 
 def is_float(x: Any) -> bool:
@@ -90,36 +91,46 @@ def root(total: jax.Array, ord: float) -> jax.Array:
 def in_range(measure: Measure, grads: Tree, params: Tree) -> Tree:
     """The norms of `measure`, right wherever they fit into float32.
 
-    The first pass measures 2^40 g and is enough for norms below 2^24. Only in a step where it gave
-    inf or NaN somewhere does a second pass measure 2^-64 g.
+    They are measured as they are, and once more in another unit in a step where some are so small
+    or so large, zero and inf included, that squares may have left the range.
     """
     if not measure.sums:
         return measure.norms(grads, params)
 
     wide = any(real_dtype(g) == jnp.float64 for g in jax.tree.leaves(grads))
-
-    def at(power: float) -> Tree:
-        # Hidden from XLA, which would make (x * 2^40) * (x * 2^40) into (x * x) * 2^80.
-        unit = jax.lax.optimization_barrier(jnp.float32(power))
-        norms = measure.norms(jax.tree.map(lambda g: _times(g, unit, wide=wide), grads), params)
-        return jax.tree.map(lambda norm: norm / unit.astype(norm.dtype), norms)
-
-    def again(norms: Tree) -> Tree:
-        return jax.tree.map(lambda n, m: jnp.where(jnp.isfinite(n), n, m), norms, at(DROP))
-
-    norms = at(LIFT)
-    fits = [jnp.all(jnp.isfinite(norm)) for norm in jax.tree.leaves(norms)]
-    if not fits:
+    grads = jax.tree.map(functools.partial(_widened, wide=wide), grads)
+    norms = measure.norms(grads, params)
+    leaves = jax.tree.leaves(norms)
+    if not leaves:
         return norms
-    return jax.lax.cond(jnp.all(jnp.stack(fits)), lambda norms: norms, again, norms)
+
+    def measured_in(unit: jax.Array) -> Tree:
+        scaled = jax.tree.map(lambda g: g * unit.astype(g.dtype), grads)
+        return jax.tree.map(lambda n: n / unit.astype(n.dtype), measure.norms(scaled, params))
+
+    def again(carry: None, case: tuple[jax.Array, jax.Array]) -> tuple[None, Tree]:
+        unit, needed = case
+        return carry, jax.lax.cond(needed, measured_in, lambda unit: norms, unit)
+
+    small = jnp.any(jnp.stack([jnp.any(norm < LOW) for norm in leaves]))
+    large = jnp.any(jnp.stack([jnp.any(~jnp.isfinite(norm)) for norm in leaves]))
+    # Hidden from XLA, which would make (x * unit) * (x * unit) into (x * x) * unit^2.
+    units = jax.lax.optimization_barrier(jnp.array([LIFT, DROP], jnp.float32))
+    # A scan, because it is compiled once for both units.
+    _, scaled = jax.lax.scan(again, None, (units, jnp.stack([small, large])))
+    return jax.tree.map(_best, norms, scaled)
 
 
-def _times(g: jax.Array, unit: jax.Array, *, wide: bool) -> jax.Array:
-    """The gradient times a power of two, in float64 or complex128 if any leaf of the tree is."""
-    x = widen(g)
-    if wide:
-        x = x.astype(jnp.complex128 if jnp.iscomplexobj(x) else jnp.float64)
-    return x * unit.astype(x.dtype)
+def _best(norm: jax.Array, scaled: jax.Array) -> jax.Array:
+    lifted, dropped = scaled
+    return jnp.where(norm < LOW, lifted, jnp.where(jnp.isfinite(norm), norm, dropped))
+
+
+def _widened(g: jax.Array, *, wide: bool) -> jax.Array:
+    """The gradient in float32, or in float64 if any leaf of the tree is."""
+    if not wide:
+        return widen(g)
+    return g.astype(jnp.complex128 if jnp.iscomplexobj(g) else jnp.float64)
 
 
 def _square(x: jax.Array) -> jax.Array:
