@@ -7,7 +7,7 @@ between versions of Python, and so do the numbers.
 
     python examples/char_lm.py
     python examples/char_lm.py --lr 3 --seed 1
-    python examples/char_lm.py --clippers none,global_norm=0.25,agc --out /tmp/char_lm
+    python examples/char_lm.py --clippers none,global_norm=0.25,agc --out out/agc
 
 It prints a table and writes a picture and a CSV file of every step's metrics. A norm in them is
 the largest of what that clipper measures, before clipping.

@@ -28,9 +28,11 @@ def limit(**named: Any) -> None:
 
 
 def positive(**named: Any) -> None:
-    """Accepts a finite number > 0 or a () array."""
+    """Accepts a finite number > 0 that float32 holds, or a () array."""
+    tiny = float(np.finfo(np.float32).tiny)
+    allowed = f"a finite number >= {tiny:.2g} or a () array"
     for name, value in named.items():
-        _number(name, value, "a finite number > 0 or a () array", lambda x: 0 < x < math.inf)
+        _number(name, value, allowed, lambda x: tiny <= x < math.inf)
 
 
 def order(**named: Any) -> None:
@@ -63,8 +65,16 @@ def steps(**named: Any) -> None:
 def choice(allowed: Collection[Any], **named: Any) -> None:
     """Accepts one of a few values."""
     for name, value in named.items():
-        if not any(value is one or value == one for one in allowed):
+        if not any(type(value) is type(one) and value == one for one in allowed):
             _refuse(ValueError, name, repr(value), "one of " + ", ".join(map(repr, allowed)))
+
+
+def mask(**named: Any) -> None:
+    """Accepts None, a tree of bools or a function params -> tree."""
+    for name, value in named.items():
+        leaves = [] if callable(value) else jax.tree.leaves(value)
+        if not all(isinstance(leaf, bool | np.bool_) for leaf in leaves):
+            _refuse(TypeError, name, repr(value), "None, a tree of bools or a function of params")
 
 
 def instance(kind: type, example: str, **named: Any) -> None:

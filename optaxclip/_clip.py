@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import optax
 
 from . import _check
+from ._numbers import is_float, real_dtype, widen
 from .measure import Measure
-from .measure.arithmetic import in_range, is_float, real_dtype, widen
+from .measure.arithmetic import in_range
 from .record import ClipState, Groups, observe, start
 from .scale import rescale
 from .threshold import Clock, Threshold
@@ -45,9 +46,8 @@ def clip(
                                             derivative through the update neither
     norm not finite                         `nonfinite` decides for the group; the memory is bit
                                             for bit as if the step had not been, clocks apart
-    entries from 1e-31, norm to 3.4e38      measured right in any dtype, in float32 sums (float64
-                                            sums for float64 leaves, to 1e170); an entry below
-                                            1e-31 counts as 0
+    norm from 1.2e-38 to 3.4e38             measured right in any dtype, in float32 sums (float64
+                                            sums for float64 leaves, to 1e170)
     None, empty, zero-size, scalar,         accepted; integer, bool and float0 leaves pass through
     complex leaves                          untouched and uncounted
     structure, shape, dtype, sharding       preserved, whatever the type of the threshold
@@ -95,9 +95,9 @@ def clip(
     def init(params: Tree) -> ClipState:
         floats, _ = _part(params)
         norms = jax.eval_shape(measure.norms, floats, floats)
-        memory = jax.tree.map(
-            lambda norm: threshold.init(jax.ShapeDtypeStruct(norm.shape, jnp.float32)), norms
-        )
+        memory = jax.tree.map(functools.partial(_blank, threshold), norms)
+        if not jax.tree.leaves(memory):
+            memory = ()  # so that nothing ties later gradients to these parameters
         return _beside(params, ClipState(memory, start() if record else None))
 
     # One program for eager calls too, in which `lax.cond` would be compiled anew at each step.
@@ -105,7 +105,7 @@ def clip(
     def step(grads: Tree, state: ClipState, params: Tree) -> tuple[Tree, ClipState]:
         measured, finite = _measured(measure, grads, params, nonfinite)
         norms, treedef = jax.tree.flatten(measured)
-        memories = treedef.flatten_up_to(state.memory)
+        memories = _apart(state.memory, treedef, norms, threshold)
         groups: list[Groups] = []
         for i, (norm, ok) in enumerate(zip(norms, jax.tree.leaves(finite), strict=True)):
             limit, memories[i] = _limited(threshold, norm, ok, memories[i])
@@ -113,7 +113,8 @@ def clip(
         factors = measure.spread(treedef.unflatten([group.factor for group in groups]), grads)
         updates = _multiplied(grads, factors, scale, nonfinite)
         metrics = None if state.metrics is None else observe(state.metrics, groups)
-        return updates, ClipState(treedef.unflatten(memories), metrics)
+        memory = state.memory if state.memory == () else treedef.unflatten(memories)
+        return updates, ClipState(memory, metrics)
 
     def update(grads: Tree, state: ClipState, params: Tree = None) -> tuple[Tree, ClipState]:
         floats, whole = _part(grads)
@@ -134,6 +135,34 @@ def _part(tree: Tree) -> tuple[Tree, Callable[[Tree], Tree]]:
     return treedef.unflatten([x if is_float(x) else None for x in leaves]), whole
 
 
+def _blank(threshold: Threshold, norm: jax.ShapeDtypeStruct) -> Tree:
+    """The memory before the first step, made sure that it can be kept group by group."""
+    memory = threshold.init(jax.ShapeDtypeStruct(norm.shape, jnp.float32))
+    for x in jax.tree.leaves(memory, is_leaf=_is_clock):
+        if not _is_clock(x) and x.shape[max(x.ndim - len(norm.shape), 0) :] != norm.shape:
+            raise ValueError(
+                f"an array in the memory of a threshold must have the shape of the norms, "
+                f"{norm.shape}, with any axes in front; got {x.shape}. A Clock counts steps."
+            )
+    return memory
+
+
+def _apart(memory: Tree, treedef: Any, norms: list[jax.Array], threshold: Threshold) -> list[Tree]:
+    """One memory per array of norms."""
+    if memory == ():
+        return [threshold.init(norm) for norm in norms]
+    try:
+        memories: list[Tree] = treedef.flatten_up_to(memory)
+    except ValueError as error:
+        message = f"these gradients have other float leaves than the params given to init: {error}"
+        raise ValueError(message) from None
+    return memories
+
+
+def _is_clock(x: Any) -> bool:
+    return isinstance(x, Clock)
+
+
 def _measured(measure: Measure, grads: Tree, params: Tree, nonfinite: str) -> tuple[Tree, Tree]:
     """The norms that count under the policy, and whether those of `grads` itself are finite."""
     norms = in_range(measure, grads, params)
@@ -147,17 +176,18 @@ def _limited(
     threshold: Threshold, norm: jax.Array, finite: jax.Array, memory: Tree
 ) -> tuple[jax.Array, Tree]:
     """The limit, and the memory as it was wherever the norm is not finite."""
-    finite &= jnp.isfinite(norm.astype(jnp.float32))  # the dtype of memories
-    limit, learned = threshold.update(jnp.where(finite, norm, 0), memory)
+    # A memory is float32, and so is what enters it; what has none may answer in float64.
+    dtype = jnp.float32 if jax.tree.leaves(memory) else norm.dtype
+    finite &= jnp.isfinite(norm.astype(dtype))
+    limit, learned = threshold.update(jnp.where(finite, norm, 0).astype(dtype), memory)
 
     def kept(new: Any, old: Any) -> Any:
-        if isinstance(new, Clock):
+        if _is_clock(new):
             return new
         mask = finite.reshape((1,) * (new.ndim - finite.ndim) + finite.shape)
         return jnp.where(mask, new.astype(old.dtype), old)
 
-    is_clock = lambda x: isinstance(x, Clock)
-    return limit, jax.tree.map(kept, learned, memory, is_leaf=is_clock)
+    return limit.astype(norm.dtype), jax.tree.map(kept, learned, memory, is_leaf=_is_clock)
 
 
 def _scaled(
@@ -199,7 +229,7 @@ def _sanitized(x: jax.Array) -> jax.Array:
 def _where(mask: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
     """`jnp.where`, bit for bit: XLA:CPU may choose narrow floats as float32, and flush them."""
     width = jnp.finfo(x.dtype).bits
-    if width >= jnp.finfo(jnp.float32).bits:
+    if width not in (8, 16):  # wider ones are chosen as they are, and 4 bits cannot be cast
         return jnp.where(mask, x, y)
     as_bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.dtype(f"uint{width}"))
     return jax.lax.bitcast_convert_type(jnp.where(mask, as_bits(x), as_bits(y)), x.dtype)
@@ -221,8 +251,9 @@ def _beside(params: Tree, state: ClipState) -> ClipState:
         if isinstance(x, jax.core.Tracer):
             continue
         sharding = getattr(x, "sharding", None)
-        if isinstance(sharding, jax.sharding.NamedSharding):
-            replicated = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+        mesh = getattr(sharding, "mesh", None)
+        if isinstance(mesh, jax.sharding.Mesh):
+            replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
             return jax.device_put(state, replicated)
         if getattr(x, "committed", False):
             return jax.device_put(state, sharding)

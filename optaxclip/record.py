@@ -28,7 +28,7 @@ class Metrics(NamedTuple):
     clipped_norm: jax.Array  # () float32, largest norm after clipping
     limit: jax.Array  # () float32, smallest limit; inf where there is none
     factor: jax.Array  # () float32, smallest factor
-    clipped: jax.Array  # () float32, fraction of the groups with a finite `norm` and factor < 1
+    clipped: jax.Array  # () float32, share of all groups that have a finite norm and factor < 1
     steps: jax.Array  # () int32, steps so far; as all counters, stays at its largest value
     clipped_steps: jax.Array  # () int32, steps so far in which some group was clipped
     nonfinite_steps: jax.Array  # () int32, steps so far in which some norm was not finite
@@ -37,7 +37,7 @@ class Metrics(NamedTuple):
 class ClipState(NamedTuple):
     """The state of a clip."""
 
-    memory: Tree  # what the threshold needs at the next step, one memory per array of norms
+    memory: Tree  # what the threshold needs next, one memory per array of norms; () if nothing
     metrics: Metrics | None  # what a person reads; None with record=False
 
 
@@ -125,7 +125,7 @@ def _names(paths: list[tuple[Any, ...]]) -> list[str]:
         return [""] * len(paths)
     attribute = jax.tree_util.GetAttrKey
     short = [tuple(key for key in path if not isinstance(key, attribute)) for path in paths]
-    chosen = short if len(set(short)) == len(short) else paths
+    chosen = short if all(short) and len(set(short)) == len(short) else paths
     while len({path[:1] for path in chosen}) == 1:
         chosen = [path[1:] for path in chosen]
     return [jax.tree_util.keystr(p, simple=True, separator="/") + "/" for p in chosen]

@@ -18,7 +18,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from .measure.arithmetic import quotient as _quotient
+from ._numbers import quotient as _quotient
 
 
 def rescale(norm: jax.Array, limit: jax.Array) -> jax.Array:

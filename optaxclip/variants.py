@@ -223,7 +223,7 @@ def adaptive_grad_clip(
         Optax's.
       per_tensor: whether a leaf is one unit. DreamerV3's form, with clipping=0.3.
       stacked: the axes of a leaf along which layers are stacked, see
-        :func:`optaxclip.measure.stacked`.
+        :func:`optaxclip.measure.stacked`; `axis` then counts the axes that remain.
       mask: a tree of bools that is a prefix of the parameters, or a function params -> such a
         tree: which leaves are clipped. The paper leaves the last layer out. Under
         `optax.inject_hyperparams`, list functions (mask, axis, stacked) in its static_args.
@@ -255,6 +255,8 @@ def adaptive_grad_clip(
     """
     _check.limit(clipping=clipping)
     _check.axes(axis=axis, stacked=stacked)
+    _check.choice((True, False), per_tensor=per_tensor)
+    _check.mask(mask=mask)
     if per_tensor and axis is not None:
         message = f"axis must be None with per_tensor=True; got {axis!r}"
         raise ValueError(message)

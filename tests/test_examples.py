@@ -1,22 +1,24 @@
-"""Every example runs as a user runs it, in a short mode."""
+"""Every example and benchmark runs as a user runs it, in a short mode."""
 
 import csv
 import pathlib
 import subprocess
 import sys
 
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 def run(name, *arguments):
-    """What a program of examples/ prints."""
-    command = [sys.executable, "-W", "error", EXAMPLES / name, *map(str, arguments)]
+    """What a program prints."""
+    command = [sys.executable, "-W", "error", ROOT / name, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_char_lm(tmp_path):
     """The main job prints its table and writes its picture and the metrics of every step."""
-    done = run("char_lm.py", "--steps", 12, "--clippers", "none,norm=0.01", "--out", tmp_path)
+    done = run(
+        "examples/char_lm.py", "--steps", 12, "--clippers", "none,norm=0.01", "--out", tmp_path
+    )
 
     assert done.returncode == 0, done.stderr
     for word in ("sha256", "bits/char", "none", "norm=0.01", "clipped"):
@@ -35,8 +37,29 @@ def test_char_lm(tmp_path):
 
 def test_char_lm_names_its_clippers():
     """An unknown clipper is a sentence with the choices, not a traceback."""
-    done = run("char_lm.py", "--clippers", "none,magic")
+    done = run("examples/char_lm.py", "--clippers", "none,magic")
 
     assert done.returncode == 2
     assert "no clipper 'magic'; choose from none, value, norm, global_norm" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_overhead():
+    """The benchmark prints a line for the bare step and for each candidate."""
+    done = run("benchmarks/overhead.py", "--leaves", 2, "--size", 100, "--rounds", 1)
+
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[2].split()[0] == "bare"
+    assert {line.split()[0] for line in lines[3:]} == {"optaxclip:", "optax:"}
+
+
+def test_every_program_is_run_here():
+    """A program that is added to examples or benchmarks needs a test in this file."""
+    programs = {
+        f"{folder}/{path.name}"
+        for folder in ("examples", "benchmarks")
+        for path in (ROOT / folder).glob("[!_]*.py")
+    }
+
+    assert programs == {"examples/char_lm.py", "benchmarks/overhead.py"}

@@ -13,7 +13,7 @@ from optaxclip import measure
 from optaxclip.measure.arithmetic import p_norm
 
 ORDERS = [1, 1.5, 2, 3, np.inf]
-FLOAT32 = 1e-6
+FLOAT32 = 2e-6  # a few roundings of 2^-24
 
 TREES = {
     "nonzero": trees.floats(),
@@ -165,6 +165,16 @@ def test_by_label(labels):
     expected = {"a": [np.array([0.6]), np.array([0.8])], "b": {"c": np.array([0.5]), "d": None}}
     trees.assert_close(updates, expected, FLOAT32)
     assert state.metrics.clipped == 0.5
+
+
+@pytest.mark.parametrize("axis", [np.int64(0), lambda path, leaf: np.int64(0)])
+def test_numpy_integers_are_axes(axis):
+    """An axis may be a NumPy integer; what an axis function returns is checked as an argument is."""
+    (units,) = measure.unit_norm(axis).norms({"w": jnp.ones((4, 3))}, None)
+
+    assert units.shape == (1, 3)
+    with pytest.raises(TypeError, match=r"the axis of leaf 'w' must be None, an int.*; got 'x'"):
+        measure.unit_norm(lambda path, leaf: "x").norms({"w": jnp.ones((4, 3))}, None)
 
 
 def test_labels_that_fit_no_tree_are_an_error():

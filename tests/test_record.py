@@ -115,7 +115,7 @@ WRAPPERS = {
         optax.chain(tx, optax.sgd(0.1)), every_k_schedule=1
     ).gradient_transformation(),
     "apply_if_finite": lambda tx: optax.apply_if_finite(optax.chain(tx, optax.sgd(0.1)), 3),
-    "lookahead of chain": lambda tx: optax.chain(optax.chain(tx), optax.trace(0.9)),
+    "chain in chain": lambda tx: optax.chain(optax.chain(tx), optax.trace(0.9)),
 }
 
 

@@ -17,9 +17,9 @@ every_variant = pytest.mark.parametrize("row", VARIANTS.values(), ids=VARIANTS)
 X, Y = trees.normal(16, 4, scale=3.0), trees.normal(16, 2, scale=30.0)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def standard_promotion():
-    """Flax and Optax mix dtypes and ranks themselves."""
+    """Flax, and parts of Optax, mix dtypes and ranks themselves."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
@@ -39,6 +39,7 @@ def test_masked_equals_the_subset(row):
 
 
 @every_variant
+@pytest.mark.usefixtures("standard_promotion")
 def test_multi_steps_clips_the_mean(row):
     """Inside MultiSteps the mean of the microbatches is clipped, once."""
     grads = [trees.floats(seed=i) for i in range(2)]
@@ -55,6 +56,7 @@ def test_multi_steps_clips_the_mean(row):
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if hasattr(oc, name)])
+@pytest.mark.usefixtures("standard_promotion")
 def test_inject_hyperparams(name):
     """Every variant can have its threshold injected, jitted and eager, in bfloat16 too."""
     make = getattr(oc, name)
@@ -71,6 +73,7 @@ def test_inject_hyperparams(name):
             trees.assert_close(trees.float64(updates), trees.float64(expected), rtol=tolerance)
 
 
+@pytest.mark.usefixtures("standard_promotion")
 def test_inject_hyperparams_of_a_static_argument():
     """An argument that shapes the program is named in static_args, or the error says so."""
     grads = trees.floats()
@@ -93,6 +96,7 @@ def test_apply_if_finite_skips_before_the_clip_sees():
     assert int(oc.metrics(state)["steps"]) == 0
 
 
+@pytest.mark.usefixtures("standard_promotion")
 def test_flax_train_state():
     """A Linen TrainState trains with a clip, and its metrics are read from it."""
     model = linen.Dense(2)
@@ -116,6 +120,7 @@ def test_flax_train_state():
     assert oc.metrics(state.opt_state) == found
 
 
+@pytest.mark.usefixtures("standard_promotion")
 def test_nnx_optimizer():
     """An nnx.Optimizer trains with a clip, and its metrics are read from it, unwrapped."""
     model = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
@@ -139,6 +144,7 @@ def test_nnx_optimizer():
     assert {k: v.item() for k, v in found.items()} == {k: v.item() for k, v in inside.items()}
 
 
+@pytest.mark.usefixtures("standard_promotion")
 def test_equinox_filtered_gradients():
     """Equinox gradients, with None for what is no parameter, are clipped."""
     eqx = pytest.importorskip("equinox")
@@ -158,6 +164,7 @@ def test_equinox_filtered_gradients():
     assert oc.metrics(state)["0/clipped_norm"] == pytest.approx(0.5, rel=1e-6, abs=0)
 
 
+@pytest.mark.usefixtures("standard_promotion")
 def test_orbax_restores_the_state(tmp_path):
     """A state restored by Orbax has the bits of the one saved, and the next step is the same."""
     tx = optax.chain(

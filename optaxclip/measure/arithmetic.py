@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optaxclip._numbers import real_dtype, widen
+
 from .base import Axes, Measure, Tree
 
 # A NumPy integer, because optax.inject_hyperparams turns Python numbers, defaults included, into
@@ -25,25 +27,9 @@ EUCLIDEAN: Final[Any] = np.int64(2)
 # A norm from here on has lost nothing that float32 could hold to squares that were flushed: those
 # are below 2^-126 each, and a billion of them below 2^-36 of its own square.
 LOW = 2.0**-30
-# The units in which norms below LOW, and those that came out as inf, are measured again: the first
-# brings the smallest normal number, 2^-126, to where its square is one, and the second the largest.
+# What gradients are multiplied by where a norm is below LOW, and where it came out as inf: the one
+# brings squares of the smallest normal number, 2^-126, back into range, the other of the largest.
 LIFT, DROP = 2.0**64, 2.0**-64
-
-
-def is_float(x: Any) -> bool:
-    """Whether a leaf is clipped: real or complex floats are; integers, bool and float0 are not."""
-    dtype = getattr(x, "dtype", None)
-    return isinstance(x, float | complex) if dtype is None else jnp.issubdtype(dtype, jnp.inexact)
-
-
-def widen(x: jax.Array) -> jax.Array:
-    """`x` in the dtype that computes with it: float32 at least; float64 and complex stay."""
-    return x if x.dtype.itemsize >= np.dtype(np.float32).itemsize else x.astype(jnp.float32)
-
-
-def real_dtype(x: jax.Array) -> Any:
-    """The dtype of `x`, or of its parts if it is complex."""
-    return jnp.finfo(x.dtype).dtype
 
 
 def p_norm(x: jax.Array, ord: float, axes: Axes | None = None) -> jax.Array:
@@ -91,8 +77,8 @@ def root(total: jax.Array, ord: float) -> jax.Array:
 def in_range(measure: Measure, grads: Tree, params: Tree) -> Tree:
     """The norms of `measure`, right wherever they fit into float32.
 
-    They are measured as they are, and once more in another unit in a step where some are so small
-    or so large, zero and inf included, that squares may have left the range.
+    They are measured as they are, and once more times a power of two in a step where some are so
+    small or so large, zero and inf included, that squares may have left the range.
     """
     if not measure.sums:
         return measure.norms(grads, params)
@@ -104,20 +90,20 @@ def in_range(measure: Measure, grads: Tree, params: Tree) -> Tree:
     if not leaves:
         return norms
 
-    def measured_in(unit: jax.Array) -> Tree:
-        scaled = jax.tree.map(lambda g: g * unit.astype(g.dtype), grads)
-        return jax.tree.map(lambda n: n / unit.astype(n.dtype), measure.norms(scaled, params))
+    def measured_times(power: jax.Array) -> Tree:
+        scaled = jax.tree.map(lambda g: g * power.astype(g.dtype), grads)
+        return jax.tree.map(lambda n: n / power.astype(n.dtype), measure.norms(scaled, params))
 
     def again(carry: None, case: tuple[jax.Array, jax.Array]) -> tuple[None, Tree]:
-        unit, needed = case
-        return carry, jax.lax.cond(needed, measured_in, lambda unit: norms, unit)
+        power, needed = case
+        return carry, jax.lax.cond(needed, measured_times, lambda power: norms, power)
 
     small = jnp.any(jnp.stack([jnp.any(norm < LOW) for norm in leaves]))
     large = jnp.any(jnp.stack([jnp.any(~jnp.isfinite(norm)) for norm in leaves]))
-    # Hidden from XLA, which would make (x * unit) * (x * unit) into (x * x) * unit^2.
-    units = jax.lax.optimization_barrier(jnp.array([LIFT, DROP], jnp.float32))
-    # A scan, because it is compiled once for both units.
-    _, scaled = jax.lax.scan(again, None, (units, jnp.stack([small, large])))
+    # Hidden from XLA, which would make (x * power) * (x * power) into (x * x) * power^2.
+    powers = jax.lax.optimization_barrier(jnp.array([LIFT, DROP], jnp.float32))
+    # A scan, because it is compiled once for both powers.
+    _, scaled = jax.lax.scan(again, None, (powers, jnp.stack([small, large])))
     return jax.tree.map(_best, norms, scaled)
 
 
@@ -137,21 +123,6 @@ def _square(x: jax.Array) -> jax.Array:
     if jnp.iscomplexobj(x):  # real leaves never see .imag, which an Explicit mesh refuses
         return jnp.square(jnp.real(x)) + jnp.square(jnp.imag(x))
     return jnp.square(x)
-
-
-@jax.custom_jvp
-def quotient(over: jax.Array, under: jax.Array) -> jax.Array:
-    """Divides, with a derivative that is right where under^2, which JAX divides by, is not."""
-    return over / under
-
-
-@quotient.defjvp
-def _quotient_jvp(
-    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    over, under = primals
-    value = quotient(over, under)
-    return value, (tangents[0] - value * tangents[1]) / under
 
 
 def _where_positive(fun: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:

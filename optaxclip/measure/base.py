@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from optaxclip import _check
+
 Tree = Any
 Axes = tuple[int, ...]
 AxisRule = int | Axes | Callable[[str, jax.Array], int | Axes | None] | None
@@ -17,7 +19,7 @@ class Measure(NamedTuple):
 
     norms: Callable[[Tree, Tree], Tree]  # grads, params -> norms, a small pytree of float32
     spread: Callable[[Tree, Tree], Tree]  # factors, grads -> factors, a prefix tree of grads
-    sums: bool = True  # float32 sums inside, which the engine keeps in range; False: |x| alone
+    sums: bool = True  # the engine keeps the sums in it in range; False: no need
 
 
 def places(tree: Tree) -> list[tuple[str, jax.Array]]:
@@ -31,7 +33,8 @@ def resolve(rule: AxisRule, path: str, leaf: jax.Array) -> Axes | None:
     chosen = rule(path, leaf) if callable(rule) else rule
     if chosen is None:
         return None
-    axes = (chosen,) if isinstance(chosen, int) else tuple(chosen)
+    _check.axes(**{f"the axis of leaf {path!r}": chosen})
+    axes = chosen if isinstance(chosen, tuple) else (chosen,)
     counted = tuple(a % leaf.ndim for a in axes if -leaf.ndim <= a < leaf.ndim)
     if len(set(counted)) < len(axes):
         message = f"axis {chosen} is out of range for, or twice in, leaf {path!r} of {leaf.shape}"

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip import _check
+from optaxclip._numbers import quotient
 
-from .arithmetic import in_range, quotient
+from .arithmetic import in_range
 from .base import Axes, AxisRule, Measure, Tree, merge, places, resolve, split
 
 
@@ -93,13 +94,13 @@ def relative(measure: Measure, eps: float | jax.Array) -> Measure:
             message = "a relative norm needs the parameters: call update(grads, state, params)"
             raise ValueError(message)
         # Each is brought into range by itself: their ratio says nothing of how large they are.
-        sizes = in_range(measure, aligned(grads, params), None)
-        return jax.tree.map(ratio, in_range(measure, grads, None), sizes)
+        weights = in_range(measure, aligned(grads, params), None)
+        return jax.tree.map(ratio, in_range(measure, grads, None), weights)
 
-    def ratio(norm: jax.Array, size: jax.Array) -> jax.Array:
-        unit = jnp.maximum(size.astype(norm.dtype), jnp.asarray(eps, norm.dtype))
+    def ratio(norm: jax.Array, weight: jax.Array) -> jax.Array:
+        weight = jnp.maximum(weight.astype(norm.dtype), jnp.asarray(eps, norm.dtype))
         # Relative to weights that are lost, no gradient is small.
-        return quotient(norm, jnp.where(jnp.isfinite(unit), unit, jnp.nan))
+        return quotient(norm, jnp.where(jnp.isfinite(weight), weight, jnp.nan))
 
     return Measure(norms, measure.spread, sums=False)
 
@@ -113,7 +114,8 @@ def stacked(measure: Measure, axes: AxisRule) -> Measure:
     Args:
       measure: what is measured in each layer.
       axes: the stack axes: an int or a tuple for every leaf; None for no leaf; or a function
-        (path, leaf) -> one of these, for trees in which only some leaves are stacked.
+        (path, leaf) -> one of these, for trees in which only some leaves are stacked. The inner
+        measure sees a layer without them: there, axis 0 of a kernel (L, in, out) is `in`.
 
     Returns:
       A measure whose norms are a dict: under "" the norms of the leaves that are not stacked;
@@ -153,9 +155,9 @@ def stacked(measure: Measure, axes: AxisRule) -> Measure:
 
     def norms(grads: Tree, params: Tree) -> dict[str, Tree]:
         parts = layers(grads, grads)
-        sizes = dict.fromkeys(parts) if params is None else layers(grads, aligned(grads, params))
+        weights = dict.fromkeys(parts) if params is None else layers(grads, aligned(grads, params))
         return {
-            stack: _each_layer(measure.norms, stack)(part, sizes[stack])
+            stack: _each_layer(measure.norms, stack)(part, weights[stack])
             for stack, part in parts.items()
         }
 

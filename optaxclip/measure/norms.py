@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip import _check
+from optaxclip._numbers import widen
 
-from .arithmetic import EUCLIDEAN, p_norm, power_sum, root, widen
+from .arithmetic import EUCLIDEAN, p_norm, power_sum, root
 from .base import Axes, AxisRule, Measure, Tree, places, resolve
 
 
