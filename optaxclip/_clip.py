@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from . import _check
-from ._numbers import is_float, real_dtype, widen
+from ._numbers import is_float, widen
 from .measure import Measure
 from .measure.arithmetic import in_range
 from .record import ClipState, Groups, observe, start
@@ -211,12 +211,14 @@ def _multiplied(grads: Tree, factors: Tree, scale: Scale, nonfinite: str) -> Tre
 
     def multiplied(grad: jax.Array, factor: jax.Array) -> jax.Array:
         x = widen(grad) if nonfinite == "propagate" else _sanitized(widen(grad))
-        factor = factor.astype(real_dtype(x))
         y = x * factor.astype(x.dtype)
-        y = y if y.dtype == grad.dtype else cast(y, grad.dtype)
-        # Not y alone: XLA:CPU flushes subnormal numbers in a multiplication by 1.
-        same = _sanitized(grad) if nonfinite == "sanitize" else grad
-        return _where(factor == 1, same, y)
+        rounded = y if y.dtype == grad.dtype else cast(y, grad.dtype)
+        # Not y alone: XLA:CPU flushes subnormal numbers in a multiplication by 1. Where each entry
+        # has a factor of its own, a second use of it would have XLA write them all to memory.
+        single = factor.shape == x.shape
+        keep = y == x if single else factor == 1
+        bad = nonfinite == "sanitize" or (nonfinite == "zero" and single)
+        return _where(keep, _sanitized(grad) if bad else grad, rounded)
 
     return jax.tree.map(multiplied, grads, jax.tree.broadcast(factors, grads))
 

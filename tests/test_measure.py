@@ -169,7 +169,7 @@ def test_by_label(labels):
 
 @pytest.mark.parametrize("axis", [np.int64(0), lambda path, leaf: np.int64(0)])
 def test_numpy_integers_are_axes(axis):
-    """An axis may be a NumPy integer; what an axis function returns is checked as an argument is."""
+    """An axis may be a NumPy integer; what an axis function returns is checked as well."""
     (units,) = measure.unit_norm(axis).norms({"w": jnp.ones((4, 3))}, None)
 
     assert units.shape == (1, 3)

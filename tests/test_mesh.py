@@ -43,7 +43,7 @@ def test_sharded_equals_unsharded(row, axis_type, mode):
             for _ in range(3):
                 updates, state = step(grads, state, grads)
 
-        # Sums over shards are rounded differently, by a few 2^-24; bfloat16 then by an ulp of its own.
+        # Sums over shards are rounded differently, by a few 2^-24; bfloat16 by an ulp of its own.
         for name, update in updates.items():
             rtol = 2.0**-7 if update.dtype == jnp.bfloat16 else 2e-6
             trees.assert_close(trees.float64(update), trees.float64(expected[name]), rtol=rtol)
