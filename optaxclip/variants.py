@@ -224,9 +224,8 @@ def adaptive_grad_clip(
       per_tensor: whether a leaf is one unit. DreamerV3's form, with clipping=0.3.
       stacked: the axes of a leaf along which layers are stacked, see
         :func:`optaxclip.measure.stacked`; `axis` then counts the axes that remain.
-      mask: a tree of bools that is a prefix of the parameters, or a function params -> such a
-        tree: which leaves are clipped. The paper leaves the last layer out. Under
-        `optax.inject_hyperparams`, list functions (mask, axis, stacked) in its static_args.
+      mask: which leaves are clipped, as a tree of bools or a function params -> tree. The paper
+        leaves the last layer out. (`optax.inject_hyperparams` wants functions in static_args.)
       nonfinite: policy for units whose relative norm is not finite.
       record: whether to keep metrics.
 
@@ -250,8 +249,7 @@ def adaptive_grad_clip(
       normalization, arXiv:2102.06171, equation 3. Per tensor: Hafner et al., Mastering diverse
       control tasks through world models, Nature 2025 (DreamerV3).
 
-    Deviation from the paper: none in the rule. The authors' floor of 1e-6 under ||G_i|| is not
-    needed here and changes no result.
+    Deviation from the paper: none; the authors' floor of 1e-6 under ||G_i|| is not needed here.
     """
     _check.limit(clipping=clipping)
     _check.axes(axis=axis, stacked=stacked)
