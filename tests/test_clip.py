@@ -414,7 +414,7 @@ def test_a_norm_too_large_for_a_memory_does_not_enter_it():
         np.testing.assert_allclose(updates[1], 2.0)  # twice the mean of 1 that was learned
 
 
-# -- entries from 1e-31, norm to 3.4e38: measured right in any dtype
+# -- norm from 1.2e-38 to 3.4e38: measured right in any dtype
 
 
 @pytest.mark.parametrize("ord", [1, 2, 3, 10, INF])

@@ -75,7 +75,7 @@ def run(block, namespace):
         program = compile(source, str(README), "exec", dont_inherit=True)
         with contextlib.redirect_stdout(out):
             exec(program, namespace)
-    except Exception as error:
+    except Exception as error:  # a snippet may raise anything; it goes on, with its place named
         message = f"{block.place}: {type(error).__name__}: {error}"
         raise AssertionError(message) from error
     return out.getvalue().splitlines()
