@@ -24,12 +24,24 @@ from ._clip import clip as clip
 from .record import ClipState as ClipState
 from .record import Metrics as Metrics
 from .record import metrics as metrics
+from .stable_adam import scale_by_stable_adam as scale_by_stable_adam
+from .variants import adagc as adagc
 from .variants import adaptive_grad_clip as adaptive_grad_clip
+from .variants import autoclip as autoclip
 from .variants import clip_by_average_norm as clip_by_average_norm
 from .variants import clip_by_block_rms as clip_by_block_rms
+from .variants import clip_by_ema_ratio as clip_by_ema_ratio
 from .variants import clip_by_global_norm as clip_by_global_norm
 from .variants import clip_by_norm as clip_by_norm
+from .variants import clip_by_norm_growth as clip_by_norm_growth
+from .variants import clip_by_percentile as clip_by_percentile
+from .variants import clip_by_quantile as clip_by_quantile
+from .variants import clip_by_second_moment as clip_by_second_moment
+from .variants import clip_by_sigma as clip_by_sigma
 from .variants import clip_by_value as clip_by_value
+from .variants import clippy as clippy
 from .variants import normalize_by_global_norm as normalize_by_global_norm
+from .variants import stabilize_gradients as stabilize_gradients
+from .variants import zclip as zclip
 
 __version__ = "0.1.0"

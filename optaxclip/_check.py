@@ -35,6 +35,53 @@ def positive(**named: Any) -> None:
         _number(name, value, allowed, lambda x: tiny <= x < math.inf)
 
 
+def number(*, at_least: float = 0, **named: Any) -> None:
+    """Accepts a finite number that float32 holds and that is not too small, or a () array."""
+    most = float(np.finfo(np.float32).max)
+    for name, value in named.items():
+        allowed = f"a finite number >= {at_least} or a () array"
+        _number(name, value, allowed, lambda x: at_least <= x <= most)
+
+
+def within(low: float, high: float, **named: Any) -> None:
+    """Accepts a number between two bounds, both included, or a () array."""
+    for name, value in named.items():
+        allowed = f"a number from {low} to {high} or a () array"
+        _number(name, value, allowed, lambda x: low <= x <= high)
+
+
+def decay(**named: Any) -> None:
+    """Accepts what a running average keeps of itself in a step."""
+    for name, value in named.items():
+        _number(name, value, "a number in [0, 1) or a () array", lambda x: 0 <= x < 1)
+
+
+def window(**named: Any) -> None:
+    """Accepts how many norms are kept."""
+    for name, value in named.items():
+        _static(name, value)
+        allowed = "a whole number >= 1"
+        if not isinstance(value, numbers.Integral):
+            _refuse(TypeError, name, repr(value), allowed)
+        _number(name, value, allowed, lambda x: x >= 1)  # and no bool
+
+
+def order_of_bounds(**named: Any) -> None:
+    """Accepts a lower and an upper limit in this order, as far as both are known."""
+    (low_name, low), (high_name, high) = named.items()
+    known = not any(callable(x) or isinstance(x, jax.Array) for x in (low, high))
+    if known and low > high:
+        _refuse(ValueError, low_name, repr(low), f"at most {high_name}, which is {high!r}")
+
+
+def history(window: int, **named: Any) -> None:
+    """Accepts how many norms there must be, out of as many as are kept."""
+    steps(**named)
+    for name, value in named.items():
+        if not isinstance(value, jax.Array) and value > window:
+            _refuse(ValueError, name, repr(value), f"at most the window, {window}")
+
+
 def order(**named: Any) -> None:
     """Accepts the order of a norm."""
     for name, value in named.items():

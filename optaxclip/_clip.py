@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from . import _check
-from ._numbers import is_float, widen
+from ._numbers import part, sanitized, where, widen
 from .measure import Measure
 from .measure.arithmetic import in_range
 from .record import ClipState, Groups, observe, start
@@ -22,6 +22,9 @@ Tree = Any
 Scale = Callable[[jax.Array, jax.Array], jax.Array]
 
 NONFINITE = ("zero", "propagate", "sanitize")
+
+# What no memory learns, as it learns no inf: from here on, the square of a norm overflows float32.
+TOO_LARGE = 2.0**64
 
 
 def clip(
@@ -44,8 +47,9 @@ def clip(
                                             docstring says down from where it counts as above)
     norm 0; limit 0; limit inf; 0 and 0     unchanged; zeros; unchanged; zeros: never NaN, in the
                                             derivative through the update neither
-    norm not finite                         `nonfinite` decides for the group; the memory is bit
-                                            for bit as if the step had not been, clocks apart
+    norm not finite                         `nonfinite` decides for the group
+    norm 0, not finite, or >= 2^64          the memory of the group is bit for bit as if the step
+                                            had not been, clocks apart
     norm from 1.2e-38 to 3.4e38             measured right in any dtype, in float32 sums (float64
                                             sums for float64 leaves, to 1e170)
     None, empty, zero-size, scalar,         accepted; integer, bool and float0 leaves pass through
@@ -93,7 +97,7 @@ def clip(
     _check.choice((True, False), record=record)
 
     def init(params: Tree) -> ClipState:
-        floats, _ = _part(params)
+        floats, _ = part(params)
         norms = jax.eval_shape(measure.norms, floats, floats)
         memory = jax.tree.map(functools.partial(_blank, threshold), norms)
         if not jax.tree.leaves(memory):
@@ -117,22 +121,11 @@ def clip(
         return updates, ClipState(memory, metrics)
 
     def update(grads: Tree, state: ClipState, params: Tree = None) -> tuple[Tree, ClipState]:
-        floats, whole = _part(grads)
-        updates, state = step(floats, state, None if params is None else _part(params)[0])
+        floats, whole = part(grads)
+        updates, state = step(floats, state, None if params is None else part(params)[0])
         return whole(updates), state
 
     return optax.GradientTransformation(init, update)
-
-
-def _part(tree: Tree) -> tuple[Tree, Callable[[Tree], Tree]]:
-    """The tree with None for all but its floats, and what puts the others back."""
-    leaves, treedef = jax.tree.flatten(tree, is_leaf=lambda x: x is None)
-
-    def whole(floats: Tree) -> Tree:
-        pairs = zip(leaves, treedef.flatten_up_to(floats), strict=True)
-        return treedef.unflatten([new if is_float(old) else old for old, new in pairs])
-
-    return treedef.unflatten([x if is_float(x) else None for x in leaves]), whole
 
 
 def _blank(threshold: Threshold, norm: jax.ShapeDtypeStruct) -> Tree:
@@ -168,26 +161,34 @@ def _measured(measure: Measure, grads: Tree, params: Tree, nonfinite: str) -> tu
     norms = in_range(measure, grads, params)
     finite = jax.tree.map(jnp.isfinite, norms)
     if nonfinite == "sanitize":
-        norms = in_range(measure, jax.tree.map(_sanitized, grads), params)
+        norms = in_range(measure, jax.tree.map(sanitized, grads), params)
     return norms, finite
 
 
 def _limited(
     threshold: Threshold, norm: jax.Array, finite: jax.Array, memory: Tree
 ) -> tuple[jax.Array, Tree]:
-    """The limit, and the memory as it was wherever the norm is not finite."""
-    # A memory is float32, and so is what enters it; what has none may answer in float64.
-    dtype = jnp.float32 if jax.tree.leaves(memory) else norm.dtype
-    finite &= jnp.isfinite(norm.astype(dtype))
-    limit, learned = threshold.update(jnp.where(finite, norm, 0).astype(dtype), memory)
+    """The limit, and the memory as it was wherever the norm teaches nothing."""
+    if not _remembers_norms(memory):
+        limit, memory = threshold.update(jnp.where(jnp.isfinite(norm), norm, 0), memory)
+        return limit.astype(norm.dtype), memory
+    size = norm.astype(jnp.float32)  # as all memories are
+    telling = finite & (size > 0) & (size < TOO_LARGE)
+    limit, learned = threshold.update(jnp.where(telling, size, 0), memory)
+    # Where there is no limit yet, for lack of a past, that is no licence for such a norm.
+    limit = jnp.where((size >= TOO_LARGE) & (limit == jnp.inf), 0, limit)
 
     def kept(new: Any, old: Any) -> Any:
         if _is_clock(new):
             return new
-        mask = finite.reshape((1,) * (new.ndim - finite.ndim) + finite.shape)
+        mask = telling.reshape((1,) * (new.ndim - telling.ndim) + telling.shape)
         return jnp.where(mask, new.astype(old.dtype), old)
 
     return limit.astype(norm.dtype), jax.tree.map(kept, learned, memory, is_leaf=_is_clock)
+
+
+def _remembers_norms(memory: Tree) -> bool:
+    return not all(map(_is_clock, jax.tree.leaves(memory, is_leaf=_is_clock)))
 
 
 def _scaled(
@@ -210,7 +211,7 @@ def _multiplied(grads: Tree, factors: Tree, scale: Scale, nonfinite: str) -> Tre
     cast = getattr(scale, "cast", lambda x, dtype: x.astype(dtype))
 
     def multiplied(grad: jax.Array, factor: jax.Array) -> jax.Array:
-        x = widen(grad) if nonfinite == "propagate" else _sanitized(widen(grad))
+        x = widen(grad) if nonfinite == "propagate" else sanitized(widen(grad))
         y = x * factor.astype(x.dtype)
         rounded = y if y.dtype == grad.dtype else cast(y, grad.dtype)
         # Not y alone: XLA:CPU flushes subnormal numbers in a multiplication by 1. Where each entry
@@ -218,30 +219,9 @@ def _multiplied(grads: Tree, factors: Tree, scale: Scale, nonfinite: str) -> Tre
         single = factor.shape == x.shape
         keep = y == x if single else factor == 1
         bad = nonfinite == "sanitize" or (nonfinite == "zero" and single)
-        return _where(keep, _sanitized(grad) if bad else grad, rounded)
+        return where(keep, sanitized(grad) if bad else grad, rounded)
 
     return jax.tree.map(multiplied, grads, jax.tree.broadcast(factors, grads))
-
-
-def _sanitized(x: jax.Array) -> jax.Array:
-    return _where(jnp.isfinite(x), x, jnp.zeros_like(x))
-
-
-@jax.custom_jvp
-def _where(mask: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-    """`jnp.where`, bit for bit: XLA:CPU may choose narrow floats as float32, and flush them."""
-    width = jnp.finfo(x.dtype).bits
-    if width not in (8, 16):  # wider ones are chosen as they are, and 4 bits cannot be cast
-        return jnp.where(mask, x, y)
-    as_bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.dtype(f"uint{width}"))
-    return jax.lax.bitcast_convert_type(jnp.where(mask, as_bits(x), as_bits(y)), x.dtype)
-
-
-@_where.defjvp
-def _where_jvp(
-    primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
-) -> tuple[jax.Array, jax.Array]:
-    return _where(*primals), jnp.where(primals[0], tangents[1], tangents[2])
 
 
 def _beside(params: Tree, state: ClipState) -> ClipState:

@@ -1,18 +1,33 @@
-"""Which leaves are clipped, in which dtype one computes, and a division with a good derivative."""
+"""What the rooms share: which leaves are clipped, in which dtype one computes, exact choices."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+Tree = Any
+
 
 def is_float(x: Any) -> bool:
     """Whether a leaf is clipped: real or complex floats are; integers, bool and float0 are not."""
     dtype = getattr(x, "dtype", None)
     return isinstance(x, float | complex) if dtype is None else jnp.issubdtype(dtype, jnp.inexact)
+
+
+def part(tree: Tree) -> tuple[Tree, Callable[[Tree], Tree]]:
+    """The tree with None for all but its floats, and what puts the others back."""
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=lambda x: x is None)
+
+    def whole(floats: Tree) -> Tree:
+        pairs = zip(leaves, treedef.flatten_up_to(floats), strict=True)
+        return treedef.unflatten([new if is_float(old) else old for old, new in pairs])
+
+    return treedef.unflatten([x if is_float(x) else None for x in leaves]), whole
 
 
 def widen(x: jax.Array) -> jax.Array:
@@ -23,6 +38,33 @@ def widen(x: jax.Array) -> jax.Array:
 def real_dtype(x: jax.Array) -> Any:
     """The dtype of `x`, or of its parts if it is complex."""
     return jnp.finfo(x.dtype).dtype
+
+
+def sanitized(x: jax.Array) -> jax.Array:
+    """`x` with 0 in place of inf and NaN."""
+    return where(jnp.isfinite(x), x, jnp.zeros_like(x))
+
+
+@jax.custom_jvp
+def where(mask: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    """`jnp.where`, bit for bit: XLA:CPU may choose narrow floats as float32, and flush them."""
+    width = jnp.finfo(x.dtype).bits
+    if width not in (8, 16):  # wider ones are chosen as they are, and 4 bits cannot be cast
+        return jnp.where(mask, x, y)
+    as_bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.dtype(f"uint{width}"))
+    return jax.lax.bitcast_convert_type(jnp.where(mask, as_bits(x), as_bits(y)), x.dtype)
+
+
+@where.defjvp
+def _where_jvp(
+    primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array]:
+    return where(*primals), jnp.where(primals[0], tangents[1], tangents[2])
+
+
+def as_like(value: Any, x: jax.Array) -> Any:
+    """A hyperparameter that is an array, in the dtype of `x`; a Python number adapts by itself."""
+    return jnp.asarray(value, x.dtype) if hasattr(value, "dtype") else value
 
 
 @jax.custom_jvp

@@ -38,8 +38,12 @@ FUNCTIONS = {
 VARIANTS = {
     name: value
     for name, value in vars(variants).items()
-    if inspect.isfunction(value) and value.__module__ == variants.__name__ and name[0] != "_"
+    if inspect.isfunction(value) and name[0] != "_"
 }
+
+
+# Two moments belong together, as in optax.scale_by_adam.
+POSITIONAL = {"stabilize_gradients": ("norm_decay",)}
 
 
 def readme_rows():
@@ -84,6 +88,7 @@ def test_public_functions_show_an_example_and_their_arguments(name):
 def test_variants_take_their_threshold_first_and_the_rest_by_keyword(name):
     """A variant has one positional argument, with a default, and `nonfinite` and `record`."""
     first, *rest = inspect.signature(VARIANTS[name]).parameters.values()
+    rest = [parameter for parameter in rest if parameter.name not in POSITIONAL.get(name, ())]
     assert first.kind is first.POSITIONAL_OR_KEYWORD
     assert isinstance(first.default, float)
     assert {parameter.kind for parameter in rest} == {inspect.Parameter.KEYWORD_ONLY}

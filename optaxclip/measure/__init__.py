@@ -15,8 +15,9 @@ measure             one group is                       use it when
 `by_label`          the leaves under one label         encoder and decoder are limited apart
 ==================  =================================  ==========================================
 
-Two modifiers make further measures: `relative(measure, eps)` divides by the norm of the
-parameters, and `stacked(measure, axes)` measures each layer of scan-stacked parameters alone.
+Three modifiers make further measures: `relative(measure, eps)` divides by the norm of the
+parameters, `relative_entries(measure, relative, absolute)` divides each entry by its own parameter,
+and `stacked(measure, axes)` measures each layer of scan-stacked parameters alone.
 
 Norms are () or small arrays, float32 (float64 for float64 leaves). `None`, integer, bool and
 float0 leaves have been taken out of `grads` before a measure sees it.
@@ -28,6 +29,7 @@ norms(c g) = |c| norms(g).
 from .base import Measure as Measure
 from .modifiers import by_label as by_label
 from .modifiers import relative as relative
+from .modifiers import relative_entries as relative_entries
 from .modifiers import stacked as stacked
 from .norms import element as element
 from .norms import global_norm as global_norm

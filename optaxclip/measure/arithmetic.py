@@ -55,7 +55,7 @@ def power_sum(x: jax.Array, ord: float, axes: Axes | None = None) -> jax.Array:
     """
     x = widen(x)
     if ord == EUCLIDEAN:
-        return jnp.sum(_square(x), axes, keepdims=True)
+        return jnp.sum(squared(x), axes, keepdims=True)
     size = jnp.abs(x)
     if ord == 1:
         return jnp.sum(size, axes, keepdims=True)
@@ -119,7 +119,8 @@ def _widened(g: jax.Array, *, wide: bool) -> jax.Array:
     return g.astype(jnp.complex128 if jnp.iscomplexobj(g) else jnp.float64)
 
 
-def _square(x: jax.Array) -> jax.Array:
+def squared(x: jax.Array) -> jax.Array:
+    """The square of each entry, of a complex one that of its modulus."""
     if jnp.iscomplexobj(x):  # real leaves never see .imag, which an Explicit mesh refuses
         return jnp.square(jnp.real(x)) + jnp.square(jnp.imag(x))
     return jnp.square(x)

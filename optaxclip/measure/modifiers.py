@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip import _check
-from optaxclip._numbers import quotient
+from optaxclip._numbers import as_like, quotient, widen
 
 from .arithmetic import in_range
 from .base import Axes, AxisRule, Measure, Tree, merge, places, resolve, split
@@ -90,9 +90,7 @@ def relative(measure: Measure, eps: float | jax.Array) -> Measure:
     _check.positive(eps=eps)
 
     def norms(grads: Tree, params: Tree) -> Tree:
-        if params is None and jax.tree.leaves(grads):
-            message = "a relative norm needs the parameters: call update(grads, state, params)"
-            raise ValueError(message)
+        params = _present(grads, params)
         # Each is brought into range by itself: their ratio says nothing of how large they are.
         weights = in_range(measure, aligned(grads, params), None)
         return jax.tree.map(ratio, in_range(measure, grads, None), weights)
@@ -103,6 +101,51 @@ def relative(measure: Measure, eps: float | jax.Array) -> Measure:
         return quotient(norm, jnp.where(jnp.isfinite(weight), weight, jnp.nan))
 
     return Measure(norms, measure.spread, sums=False)
+
+
+def relative_entries(
+    measure: Measure, relative: float | jax.Array, absolute: float | jax.Array
+) -> Measure:
+    """Measures every entry in units of its own parameter: ||g_i / (lambda |w_i| + delta)||.
+
+    Args:
+      measure: the norm of these quotients; with `leaf_norm(inf)`, the largest one of each leaf.
+      relative: lambda >= 0, the unit as a share of the parameter.
+      absolute: delta > 0, the unit of a parameter that is 0.
+
+    Returns:
+      A measure with the norms of `measure`; NaN where a parameter is not finite.
+
+    Raises:
+      TypeError, ValueError: if an argument is not such; at update, ValueError if it was called
+        without params.
+
+    Example:
+      >>> import math, jax.numpy as jnp, optaxclip
+      >>> m = optaxclip.measure
+      >>> changes = m.relative_entries(m.leaf_norm(math.inf), 0.5, 0.01)
+      >>> changes.norms(jnp.array([0.02, 0.51]), jnp.array([0.0, 1.0]))
+      Array([2.], dtype=float32)
+
+    Reference:
+      Tang et al., Improving training stability for multitask ranking models in recommender
+      systems (Clippy), arXiv:2302.09178.
+    """
+    _check.instance(Measure, "measure.leaf_norm()", measure=measure)
+    _check.number(relative=relative)
+    _check.positive(absolute=absolute)
+
+    def norms(grads: Tree, params: Tree) -> Tree:
+        weights = aligned(grads, _present(grads, params))
+        return measure.norms(jax.tree.map(quotients, grads, weights), None)
+
+    def quotients(grad: jax.Array, weight: jax.Array) -> jax.Array:
+        size = jnp.abs(widen(grad))
+        unit = as_like(relative, size) * jnp.abs(widen(weight)).astype(size.dtype)
+        unit += as_like(absolute, size)
+        return quotient(size, jnp.where(jnp.isfinite(unit), unit, jnp.nan))
+
+    return Measure(norms, measure.spread, measure.sums)
 
 
 def stacked(measure: Measure, axes: AxisRule) -> Measure:
@@ -178,6 +221,14 @@ def aligned(grads: Tree, params: Tree) -> Tree:
     """The parameters of the leaves that are measured; `grads` has None for the others."""
     is_none = lambda x: x is None
     return jax.tree.map(lambda g, p: None if g is None else p, grads, params, is_leaf=is_none)
+
+
+def _present(grads: Tree, params: Tree) -> Tree:
+    """The parameters, made sure that they were given."""
+    if params is None and jax.tree.leaves(grads):
+        message = "a relative norm needs the parameters: call update(grads, state, params)"
+        raise ValueError(message)
+    return params
 
 
 def _each_layer(fun: Callable[..., Tree], stack: str) -> Callable[..., Tree]:

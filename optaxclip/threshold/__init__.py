@@ -5,20 +5,41 @@ A threshold is to norms what an `optax.GradientTransformation` is to updates: a 
 `update(norm, memory)` gives the limit, from **past data only**, and the memory that has learned
 this norm. It works elementwise on norms of any shape, so every threshold works in every measure.
 
-A threshold need not fear bad data: the engine shows it 0 in place of a norm that is not finite,
-and throws away what it then learned, group by group. For that, every array in a memory has the
-shape of the norm, with axes in front if it holds several values per group; what counts steps for
-all groups together is a `Clock`, which no bad norm stops.
+A threshold need not fear bad data: where a norm is not finite, or 0, or so large that its square
+overflows, the engine shows it 0 and throws away what it then learned, group by group. For that,
+every array in a memory has the shape of the norm, with axes in front if it holds several values
+per group; what counts steps for all groups together is a `Clock`, which no bad norm stops.
 
-===========  ====================================================================
-threshold    the limit is
-===========  ====================================================================
-`constant`   a number, an array, or the value of a schedule at this step
-`until`      that of one threshold for the first steps, of another one after them
-===========  ====================================================================
+===============  ===========================================  =================================
+threshold        the limit is                                 it follows a lasting rise
+===============  ===========================================  =================================
+`constant`       a number, an array or a schedule             never
+`percentile`     a percentile of the latest norms             once a share of the window is new
+`quantile`       a quantile, followed with one number         by a factor per step
+`zscore`         mean + z deviations, running                 by a factor per step, if capped
+`sigma`          mean + k deviations of the latest norms      by a factor per step
+`ema_ratio`      so many running averages                     by a factor per step
+`growth`         a little more than the previous norm         by a factor per step, also spikes
+`second_moment`  k root mean squares of the past              by a factor per step
+`moment_ratio`   mean over root mean square; to normalize     does not depend on the size
+===============  ===========================================  =================================
+
+Three make thresholds of thresholds: `until` switches to another one after some steps, `bounded`
+keeps the limit between two bounds, and `relearning` forgets the past when a burst turns out to be
+a new level. All but `constant` and `moment_ratio` look at past norms only.
 """
 
 from .base import Clock as Clock
 from .base import Threshold as Threshold
+from .bounded import bounded as bounded
 from .constant import constant as constant
+from .ema_ratio import ema_ratio as ema_ratio
+from .growth import growth as growth
+from .moment_ratio import moment_ratio as moment_ratio
+from .percentile import percentile as percentile
+from .quantile import quantile as quantile
+from .relearning import relearning as relearning
+from .second_moment import second_moment as second_moment
+from .sigma import sigma as sigma
 from .until import until as until
+from .zscore import zscore as zscore

@@ -18,12 +18,11 @@ from typing import Any
 import jax
 import optax
 
-from . import _check, measure
-from ._clip import clip
-from .measure.arithmetic import EUCLIDEAN
-from .measure.base import AxisRule
-from .scale import normalize
-from .threshold import constant
+from optaxclip import _check, measure
+from optaxclip._clip import clip
+from optaxclip.measure.arithmetic import EUCLIDEAN
+from optaxclip.measure.base import AxisRule
+from optaxclip.threshold import constant
 
 Limit = float | jax.Array | Callable[[jax.Array], Any]
 
@@ -264,37 +263,3 @@ def adaptive_grad_clip(
     ratio = measure.relative(units, eps)
     tx = clip(ratio, constant(clipping), nonfinite=nonfinite, record=record)
     return tx if mask is None else optax.masked(tx, mask)
-
-
-def normalize_by_global_norm(
-    norm: Limit = 1.0, *, nonfinite: str = "zero", record: bool = True
-) -> optax.GradientTransformation:
-    """Gives the whole tree one norm: U = c G / ||G||_2, small gradients enlarged too.
-
-    A normaliser, no clip: the factor in the metrics may exceed 1.
-
-    Args:
-      norm: c >= 0, the norm of every update; inf leaves gradients as they are.
-      nonfinite: policy for a tree whose norm is not finite.
-      record: whether to keep metrics.
-
-    Returns:
-      A transformation; shapes and dtypes of the updates are those of the gradients. Zero
-      gradients stay zero.
-
-    Raises:
-      TypeError, ValueError: if an argument is not such.
-
-    Example:
-      >>> import jax.numpy as jnp, optaxclip
-      >>> tx = optaxclip.normalize_by_global_norm()
-      >>> grads = jnp.array([0.03, 0.04])
-      >>> tx.update(grads, tx.init(grads))[0]
-      Array([0.6, 0.8], dtype=float32)
-
-    Deviation from `optax.normalize_by_update_norm`: no eps is added to the norm.
-    """
-    _check.limit(norm=norm)
-    return clip(
-        measure.global_norm(), constant(norm), normalize, nonfinite=nonfinite, record=record
-    )

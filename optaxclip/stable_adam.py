@@ -1,0 +1,144 @@
+"""Adam with update clipping: what no chain after Adam can express.
+
+    grads --> m, v --> direction m / sqrt(v) --clip by the RMS of g / sqrt(v)--> updates
+
+The clip limits one tree by the norm of another, so it sits inside the preconditioner.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from . import _check
+from ._clip import clip
+from ._numbers import as_like, part, sanitized, widen
+from .measure import Measure, leaf_rms
+from .measure.arithmetic import in_range, squared
+from .record import ClipState
+from .threshold import constant
+from .threshold.averages import rate, weight
+
+Tree = Any
+
+
+class Moments(NamedTuple):
+    """The moments of one leaf, as Adam corrects them for having started from 0."""
+
+    mu: jax.Array  # like the leaf, float32
+    nu: jax.Array  # like the leaf, float32
+    mu_weight: jax.Array  # () float32, 1 - b1^t after t gradients
+    nu_weight: jax.Array  # () float32, 1 - b2^t
+
+
+class StableAdamState(NamedTuple):
+    """The state of `scale_by_stable_adam`."""
+
+    moments: Tree  # like params, with `Moments` for every float leaf
+    clip: ClipState  # without memory; its metrics are of the RMS
+
+
+def scale_by_stable_adam(
+    b1: float | jax.Array = 0.9,
+    b2: float | jax.Array = 0.99,
+    eps: float | jax.Array = 1e-6,
+    *,
+    max_rms: float | jax.Array | Callable[[jax.Array], Any] = 1.0,
+    nonfinite: str = "zero",
+    record: bool = True,
+) -> optax.GradientTransformation:
+    """Adam's direction, shrunk leaf by leaf while the gradient is larger than its past.
+
+    u = m / (sqrt(v) + eps) / max(1, RMS / d), RMS = sqrt(mean(g^2 / max(v, eps^2))), with moments
+    that are corrected for bias and a v that knows g already. It takes the place of
+    `optax.scale_by_adam`. A clip of m / sqrt(v) behind that one does not notice a spike: m knows
+    only a tenth of it.
+
+    Args:
+      b1: decay of m, in [0, 1).
+      b2: decay of v, in [0, 1).
+      eps: > 0.
+      max_rms: d >= 0, the largest root mean square of a leaf: a number, a () array or a schedule.
+      nonfinite: policy for leaves whose RMS is not finite; such a step leaves their moments alone.
+      record: whether to keep metrics; a norm in them is an RMS.
+
+    Returns:
+      A transformation; the updates have the shapes and dtypes of the gradients. Its memory is
+      that of Adam, in float32.
+
+    Raises:
+      TypeError, ValueError: if an argument is not such.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optaxclip
+      >>> tx = optax.chain(optaxclip.scale_by_stable_adam(), optax.scale_by_learning_rate(1.0))
+      >>> state = tx.init(jnp.zeros(2))
+      >>> for grads in [[1.0, 0.1], [1.0, 0.1], [30.0, 0.1]]:
+      ...     updates, state = tx.update(jnp.array(grads), state)
+      >>> print(updates.round(3), optaxclip.metrics(state)["norm"].round(3))
+      [-0.477 -0.71 ] 1.408
+
+    Reference:
+      Wortsman et al., Stable and low-precision training for large-scale vision-language models,
+      arXiv:2304.13013, algorithm 2; with the defaults of optimi's StableAdamW (MIT).
+    """
+    _check.decay(b1=b1, b2=b2)
+    _check.positive(eps=eps)
+    _check.limit(max_rms=max_rms)
+    rms = leaf_rms()
+    # It multiplies the direction by what was measured of another tree, which comes in the place of
+    # the parameters.
+    given = Measure(lambda direction, norms: norms, rms.spread, sums=False)
+    limiter = clip(given, constant(max_rms), nonfinite=nonfinite, record=record)
+
+    def init(params: Tree) -> StableAdamState:
+        return StableAdamState(jax.tree.map(_blank, part(params)[0]), limiter.init(params))
+
+    @functools.partial(jax.jit, inline=True)
+    def step(grads: Tree, state: StableAdamState) -> tuple[Tree, StableAdamState]:
+        wide = jax.tree.map(sanitized if nonfinite == "sanitize" else jnp.asarray, grads)
+        wide = jax.tree.map(widen, wide)
+        learned = jax.tree.map(functools.partial(_learned, b1=b1, b2=b2), wide, state.moments)
+        root = jax.tree.map(lambda g, m: jnp.sqrt(m.nu), wide, learned)
+        floor = lambda r: as_like(eps, r)
+        surprise = jax.tree.map(lambda g, r: g / jnp.maximum(r, floor(r)), wide, root)
+        norms = in_range(rms, surprise, None)
+
+        direction = jax.tree.map(
+            lambda g, m, r: (m.mu / (r + floor(r))).astype(g.dtype), grads, learned, root
+        )
+        updates, clip_state = limiter.update(direction, state.clip, norms)
+        finite = rms.spread(jnp.isfinite(norms), wide)
+        kept = lambda ok, new, old: jax.tree.map(functools.partial(jnp.where, ok), new, old)
+        moments = jax.tree.map(kept, finite, learned, state.moments)
+        return updates, StableAdamState(moments, clip_state)
+
+    def update(
+        grads: Tree, state: StableAdamState, params: Tree = None
+    ) -> tuple[Tree, StableAdamState]:
+        floats, whole = part(grads)
+        updates, state = step(floats, state)
+        return whole(updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _blank(leaf: jax.Array) -> Moments:
+    zeros = jnp.zeros_like(leaf, jax.eval_shape(widen, leaf).dtype)
+    weights = (jnp.zeros((), jnp.float32) for _ in range(2))
+    return Moments(zeros, jnp.zeros_like(zeros, jnp.finfo(zeros.dtype).dtype), *weights)
+
+
+def _learned(grad: jax.Array, old: Moments, *, b1: Any, b2: Any) -> Moments:
+    mu_weight, nu_weight = weight(old.mu_weight, b1), weight(old.nu_weight, b2)
+    # A share that shrinks from 1 to 1 - b makes of the running average the bias-corrected one.
+    mu_share = as_like(rate(b1), mu_weight) / mu_weight
+    nu_share = as_like(rate(b2), nu_weight) / nu_weight
+    mu = old.mu + mu_share.astype(old.nu.dtype) * (grad - old.mu)
+    nu = old.nu + nu_share.astype(old.nu.dtype) * (squared(grad) - old.nu)
+    return Moments(mu, nu, mu_weight, nu_weight)

@@ -1,0 +1,35 @@
+"""Running averages of norms: right for a norm of any size, exact where it is constant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip._numbers import as_like
+
+
+def rate(decay: Any) -> Any:
+    """1 - decay, the weight of the new norm, before float32 rounds decay: 6e-5 off at 0.999."""
+    return 1 - decay if isinstance(decay, jax.Array) else float(1 - decay)
+
+
+def mean(old: jax.Array, new: jax.Array, decay: Any) -> jax.Array:
+    """Decay x old + (1 - decay) x new."""
+    return old + as_like(rate(decay), new) * (new - old)
+
+
+def root_mean_square(old: jax.Array, new: jax.Array, decay: Any) -> jax.Array:
+    """The root of decay x old^2 + (1 - decay) x new^2, in units of the larger of both.
+
+    The squares of norms leave the range of float32 long before the norms do.
+    """
+    unit = jnp.maximum(old, new)
+    unit = jnp.where(unit > 0, unit, 1)
+    return unit * jnp.sqrt(mean(jnp.square(old / unit), jnp.square(new / unit), decay))
+
+
+def weight(old: jax.Array, decay: Any) -> jax.Array:
+    """1 - decay^n after n averages from 0 on: what they are divided by to correct their bias."""
+    return mean(old, jnp.ones_like(old), decay)

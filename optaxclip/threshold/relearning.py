@@ -1,0 +1,83 @@
+"""A threshold that learns anew when what it limits is no burst but a new level."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip import _check
+from optaxclip._numbers import as_like
+
+from .base import Clock, Memory, Threshold
+
+
+class RelearningMemory(NamedTuple):
+    """What the threshold remembers, and what it would if the present run were all it knew."""
+
+    all: Memory  # of every norm
+    run: Memory  # of the latest norms in a row that were above the limit
+    length: jax.Array  # as the norm, int32, how many those are
+
+
+def relearning(threshold: Threshold, *, patience: float | jax.Array = 20) -> Threshold:
+    """Forgets what came before a run of norms that were all above the limit.
+
+    After `patience` norms in a row above the limit, the limit is the one that `threshold` learns
+    from these norms alone. So no rise, of any size and by any feed, is clipped for ever, and no
+    burst shorter than that is taken for one. Each group does so by itself.
+
+    Args:
+      threshold: what learns.
+      patience: a whole number >= 1, how long a burst may be.
+
+    Returns:
+      A threshold that remembers twice what `threshold` does, and a count.
+
+    Raises:
+      TypeError, ValueError: if an argument is not such.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxclip
+      >>> t = optaxclip.threshold
+      >>> slow = t.relearning(t.growth(1.01), patience=3)
+      >>> memory = slow.init(jnp.float32(0))
+      >>> for norm in [1.0, 8.0, 8.0, 8.0, 8.0]:
+      ...     limit, memory = slow.update(jnp.float32(norm), memory)
+      ...     print(f"{limit:.4f}")
+      inf
+      1.0100
+      1.0201
+      1.0303
+      8.0800
+    """
+    _check.instance(Threshold, "threshold.growth(1.01)", threshold=threshold)
+    _check.steps(patience=patience)
+
+    def init(norm: Any) -> RelearningMemory:
+        nothing = jnp.zeros(norm.shape, jnp.int32)
+        return RelearningMemory(threshold.init(norm), threshold.init(norm), nothing)
+
+    def update(norm: jax.Array, memory: RelearningMemory) -> tuple[jax.Array, RelearningMemory]:
+        limit, everything = threshold.update(norm, memory.all)
+        _, run = threshold.update(norm, memory.run)
+        over = norm > limit
+        length = jnp.where(over, memory.length + 1, 0)
+        level = length >= as_like(patience, length)
+        everything = _choose(level, run, everything)
+        run = _choose(over & ~level, run, threshold.init(norm))
+        return limit, RelearningMemory(everything, run, jnp.where(level, 0, length))
+
+    return Threshold(init, update)
+
+
+def _choose(mask: jax.Array, new: Memory, old: Memory) -> Memory:
+    """The one memory where the mask holds, the other elsewhere; a clock of the new one runs on."""
+
+    def chosen(x: Any, y: Any) -> Any:
+        if isinstance(x, Clock):
+            return x
+        return jnp.where(mask.reshape((1,) * (y.ndim - mask.ndim) + mask.shape), x, y)
+
+    return jax.tree.map(chosen, new, old, is_leaf=lambda x: isinstance(x, Clock))

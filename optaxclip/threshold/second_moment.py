@@ -1,0 +1,103 @@
+"""So many root mean squares of the past."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip import _check
+from optaxclip._numbers import as_like
+
+from . import averages
+from .base import Threshold
+
+FEEDS = ("capped", "clipped", "raw")
+CAP = 10  # deviations; see `feed`
+
+
+class SecondMomentMemory(NamedTuple):
+    """The root of the running mean square, and how much of it is history."""
+
+    root: jax.Array  # as the norm, float32, sqrt(v), which starts from 0 and is biased to it
+    weight: jax.Array  # as the norm, float32, 1 - decay^t; 0 where there is no history
+
+
+def second_moment(
+    k: float | jax.Array,
+    *,
+    decay: float | jax.Array = 0.999,
+    warmup: int | jax.Array = 20,
+    floor: float | jax.Array = 0.0,
+    feed: str = "capped",
+) -> Threshold:
+    """So many root mean squares: tau_t = max(k sqrt(v_{t-1} / (1 - beta^{t-1})), floor).
+
+    v_t = beta v_{t-1} + (1 - beta) n'_t^2, where n' is what `feed` makes of n. With
+    `measure.element()`, this is k deviations of each coordinate's own history, as Adam keeps it;
+    t counts the gradients other than 0, and a coordinate without any has no limit.
+
+    Args:
+      k: >= 0.
+      decay: beta, in [0, 1).
+      warmup: how many norms there must be before there is a limit; until then it is inf.
+      floor: >= 0, what the limit is at least.
+      feed: "capped": n' = min(n, max(k, 10) sqrt(v^)), which lets sqrt(v) follow a lasting rise by
+        4.8 % per step at decay 0.999, and no spike lift it by more. "clipped": n' = min(n, tau),
+        the papers; k = 3 follows by 0.4 % per step. "raw": n' = n.
+
+    Returns:
+      A threshold that remembers two numbers.
+
+    Raises:
+      TypeError, ValueError: if an argument is not such.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxclip
+      >>> t = optaxclip.threshold.second_moment(3.0, warmup=2)
+      >>> memory = t.init(jnp.float32(0))
+      >>> for norm in [1.0, 1.0, 50.0]:
+      ...     limit, memory = t.update(jnp.float32(norm), memory)
+      ...     print(f"{limit:.3f}")
+      inf
+      inf
+      3.000
+
+    Reference:
+      AdamWClip (2026) has k = 3. SPAM (Huang et al., arXiv:2501.06842, section 4) has
+      k = sqrt(5000) and does not divide by 1 - beta^t. Both feed clipped norms.
+    """
+    _check.number(k=k, floor=floor)
+    _check.decay(decay=decay)
+    _check.steps(warmup=warmup)
+    _check.choice(FEEDS, feed=feed)
+
+    def init(norm: Any) -> SecondMomentMemory:
+        return SecondMomentMemory(
+            jnp.zeros(norm.shape, norm.dtype), jnp.zeros(norm.shape, norm.dtype)
+        )
+
+    def update(norm: jax.Array, memory: SecondMomentMemory) -> tuple[jax.Array, SecondMomentMemory]:
+        known = memory.weight > 0
+        deviation = memory.root * jax.lax.rsqrt(jnp.where(known, memory.weight, 1))
+        allowed = jnp.maximum(as_like(k, norm) * deviation, as_like(floor, norm))
+        limit = jnp.where(_reached(memory.weight, warmup, decay), allowed, jnp.inf)
+        n = norm
+        if feed == "clipped":
+            n = jnp.minimum(norm, limit)
+        elif feed == "capped":
+            cap = jnp.maximum(allowed, CAP * deviation)
+            n = jnp.where(known, jnp.minimum(norm, cap), norm)
+        learned = SecondMomentMemory(
+            averages.root_mean_square(memory.root, n, decay),
+            averages.weight(memory.weight, decay),
+        )
+        return limit, learned
+
+    return Threshold(init, update)
+
+
+def _reached(weight: jax.Array, steps: Any, decay: Any) -> jax.Array:
+    """Whether 1 - decay^t is that of `steps` norms, half a norm less for rounding."""
+    return weight >= 1 - as_like(decay, weight) ** (as_like(steps, weight) - 0.5)

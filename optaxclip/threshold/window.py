@@ -1,0 +1,70 @@
+"""The latest norms, one window per group, and their order statistics."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip._numbers import as_like
+
+# The median of |x - median| of normal numbers is their standard deviation times 0.6745.
+NORMAL = 1.4826
+
+
+class Window(NamedTuple):
+    """The latest norms of every group."""
+
+    norms: jax.Array  # (length, *shape of the norm) float32, latest first; 0 where none was yet
+    seen: jax.Array  # as the norm, int32, how many there are; at most the length
+
+
+def empty(length: int, norm: Any) -> Window:
+    """A window without norms."""
+    norms = jnp.zeros((int(length), *norm.shape), norm.dtype)
+    return Window(norms, jnp.zeros(norm.shape, jnp.int32))
+
+
+def pushed(window: Window, norm: jax.Array) -> Window:
+    """The window with one more norm, and without its oldest one if it was full."""
+    norms = jnp.concatenate([norm[None], window.norms[:-1]])
+    return Window(norms, jnp.minimum(window.seen + 1, norms.shape[0]))
+
+
+def mean_and_deviation(window: Window) -> tuple[jax.Array, jax.Array]:
+    """The mean and the standard deviation (divided by n) of each group; 0 without norms."""
+    there, count = _there(window), jnp.maximum(window.seen, 1).astype(window.norms.dtype)
+    mean = jnp.sum(window.norms, axis=0) / count
+    unit = jnp.where(mean > 0, mean, 1)  # squares of norms leave the range, those of ratios do not
+    ratios = jnp.where(there, (window.norms - mean[None]) / unit[None], 0)
+    return mean, unit * jnp.sqrt(jnp.sum(jnp.square(ratios), axis=0) / count)
+
+
+def median_and_deviation(window: Window) -> tuple[jax.Array, jax.Array]:
+    """What mean and standard deviation estimate, from medians: a few spikes do not move them."""
+    median = quantile(window, 0.5)
+    apart = window._replace(norms=jnp.abs(window.norms - median[None]))
+    return median, NORMAL * quantile(apart, 0.5)
+
+
+def quantile(window: Window, q: Any) -> jax.Array:
+    """The q-quantile of each group, interpolated linearly as NumPy's default; 0 without norms."""
+    most = jnp.finfo(window.norms.dtype).max  # not inf: inf - inf is NaN where there are no norms
+    norms = jnp.sort(jnp.where(_there(window), window.norms, most), axis=0)
+    last = jnp.maximum(window.seen - 1, 0)
+    place = as_like(q, norms) * last.astype(norms.dtype)
+    below = jnp.floor(place)
+    index = below.astype(jnp.int32)
+    low, high = (_at(norms, i) for i in (index, jnp.minimum(index + 1, last)))
+    between = low + (place - below) * (high - low)
+    return jnp.where(window.seen > 0, between, 0)
+
+
+def _there(window: Window) -> jax.Array:
+    places = jnp.arange(window.norms.shape[0], dtype=jnp.int32)
+    return places.reshape(-1, *(1,) * window.seen.ndim) < window.seen[None]
+
+
+def _at(norms: jax.Array, index: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(norms, index[None], axis=0)[0]

@@ -1,0 +1,60 @@
+"""What the clippers that set their own limit have in common: bounds, patience, and one engine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optaxclip._clip import Scale, clip
+from optaxclip.measure import Measure
+from optaxclip.scale import rescale
+from optaxclip.threshold import Threshold, bounded, relearning
+
+Limit = float | jax.Array | Callable[[jax.Array], Any]
+Patience = float | jax.Array
+
+# How long a burst may be, in steps, before it counts as a new level.
+PATIENCE = 20
+# Sizes of memories. NumPy integers, because optax.inject_hyperparams turns Python numbers, defaults
+# included, into traced arrays, and these shape the program.
+WINDOW: Final[Any] = np.int64(1000)
+SHORT_WINDOW: Final[Any] = np.int64(128)
+WARMUP: Final[Any] = np.int64(25)
+
+# How often chance may make a run of norms above a quantile that long: once in so many steps.
+RARE = 1e9
+
+
+def adaptive(
+    measure: Measure,
+    threshold: Threshold,
+    scale: Scale = rescale,
+    *,
+    patience: Patience = math.inf,
+    min_norm: Limit = 0.0,
+    max_norm: Limit = math.inf,
+    nonfinite: str,
+    record: bool,
+) -> optax.GradientTransformation:
+    """A clip whose limit follows the norms, learns anew when it must, and stays within bounds."""
+    if not (isinstance(patience, float) and patience == math.inf):
+        threshold = relearning(threshold, patience=patience)
+    threshold = bounded(threshold, min_norm=min_norm, max_norm=max_norm)
+    return clip(measure, threshold, scale, nonfinite=nonfinite, record=record)
+
+
+def patience_with(share: Any) -> Patience:
+    """PATIENCE, or more if chance alone makes runs that long, a share of the norms being below."""
+    if isinstance(share, jax.Array):
+        runs = -math.log(RARE) / jnp.log1p(-jnp.clip(share, 0, 1))
+        # 1e9 for a share of 0, of which every norm is above: never, as good as.
+        return jnp.maximum(PATIENCE, jnp.minimum(jnp.ceil(runs), RARE)).astype(jnp.int32)
+    if share <= 0 or share >= 1:
+        return math.inf if share <= 0 else PATIENCE
+    return max(PATIENCE, math.ceil(-math.log(RARE) / math.log1p(-share)))
