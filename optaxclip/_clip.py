@@ -12,6 +12,7 @@ import optax
 
 from . import _check
 from ._numbers import part, sanitized, where, widen
+from ._place import abstract_norms, beside
 from .measure import Measure
 from .measure.arithmetic import in_range
 from .record import ClipState, Groups, observe, start
@@ -98,11 +99,12 @@ def clip(
 
     def init(params: Tree) -> ClipState:
         floats, _ = part(params)
-        norms = jax.eval_shape(measure.norms, floats, floats)
-        memory = jax.tree.map(functools.partial(_blank, threshold), norms)
+        norms = abstract_norms(measure, floats)
+        place = beside(floats)
+        memory = jax.tree.map(lambda norm: place(_blank(threshold, norm), norm), norms)
         if not jax.tree.leaves(memory):
             memory = ()  # so that nothing ties later gradients to these parameters
-        return _beside(params, ClipState(memory, start() if record else None))
+        return ClipState(memory, place(start()) if record else None)
 
     # One program for eager calls too, in which `lax.cond` would be compiled anew at each step.
     @functools.partial(jax.jit, inline=True)
@@ -130,7 +132,7 @@ def clip(
 
 def _blank(threshold: Threshold, norm: jax.ShapeDtypeStruct) -> Tree:
     """The memory before the first step, made sure that it can be kept group by group."""
-    memory = threshold.init(jax.ShapeDtypeStruct(norm.shape, jnp.float32))
+    memory = threshold.init(norm)
     for x in jax.tree.leaves(memory, is_leaf=_is_clock):
         if not _is_clock(x) and x.shape[max(x.ndim - len(norm.shape), 0) :] != norm.shape:
             raise ValueError(
@@ -222,21 +224,3 @@ def _multiplied(grads: Tree, factors: Tree, scale: Scale, nonfinite: str) -> Tre
         return where(keep, sanitized(grad) if bad else grad, rounded)
 
     return jax.tree.map(multiplied, grads, jax.tree.broadcast(factors, grads))
-
-
-def _beside(params: Tree, state: ClipState) -> ClipState:
-    """The state on the mesh or device of the parameters, where the first step would put it anyway.
-
-    Left elsewhere, it would change its sharding in that step, and the step be compiled twice.
-    """
-    for x in jax.tree.leaves(params):
-        if isinstance(x, jax.core.Tracer):
-            continue
-        sharding = getattr(x, "sharding", None)
-        mesh = getattr(sharding, "mesh", None)
-        if isinstance(mesh, jax.sharding.Mesh):
-            replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-            return jax.device_put(state, replicated)
-        if getattr(x, "committed", False):
-            return jax.device_put(state, sharding)
-    return state

@@ -18,6 +18,7 @@ import optax
 from . import _check
 from ._clip import clip
 from ._numbers import as_like, part, sanitized, widen
+from ._place import beside
 from .measure import Measure, leaf_rms
 from .measure.arithmetic import in_range, squared
 from .record import ClipState
@@ -98,7 +99,9 @@ def scale_by_stable_adam(
     limiter = clip(given, constant(max_rms), nonfinite=nonfinite, record=record)
 
     def init(params: Tree) -> StableAdamState:
-        return StableAdamState(jax.tree.map(_blank, part(params)[0]), limiter.init(params))
+        floats, _ = part(params)
+        moments = jax.tree.map(functools.partial(_blank, beside(floats)), floats)
+        return StableAdamState(moments, limiter.init(params))
 
     @functools.partial(jax.jit, inline=True)
     def step(grads: Tree, state: StableAdamState) -> tuple[Tree, StableAdamState]:
@@ -107,7 +110,9 @@ def scale_by_stable_adam(
         learned = jax.tree.map(functools.partial(_learned, b1=b1, b2=b2), wide, state.moments)
         root = jax.tree.map(lambda g, m: jnp.sqrt(m.nu), wide, learned)
         floor = lambda r: as_like(eps, r)
-        surprise = jax.tree.map(lambda g, r: g / jnp.maximum(r, floor(r)), wide, root)
+        # A square that overflows would make the quotient 0, and its moments the ones to keep.
+        lost = lambda r: jnp.where(jnp.isfinite(r), jnp.maximum(r, floor(r)), jnp.nan)
+        surprise = jax.tree.map(lambda g, r: g / lost(r), wide, root)
         norms = in_range(rms, surprise, None)
 
         direction = jax.tree.map(
@@ -129,10 +134,11 @@ def scale_by_stable_adam(
     return optax.GradientTransformation(init, update)
 
 
-def _blank(leaf: jax.Array) -> Moments:
-    zeros = jnp.zeros_like(leaf, jax.eval_shape(widen, leaf).dtype)
-    weights = (jnp.zeros((), jnp.float32) for _ in range(2))
-    return Moments(zeros, jnp.zeros_like(zeros, jnp.finfo(zeros.dtype).dtype), *weights)
+def _blank(place: Callable[..., Tree], leaf: jax.Array) -> Moments:
+    mu = jnp.zeros_like(leaf, jax.eval_shape(widen, leaf).dtype)
+    nu = jnp.zeros_like(leaf, jnp.finfo(mu.dtype).dtype)
+    weights = place([jnp.zeros((), jnp.float32) for _ in range(2)])
+    return Moments(*place([mu, nu], leaf), *weights)
 
 
 def _learned(grad: jax.Array, old: Moments, *, b1: Any, b2: Any) -> Moments:

@@ -1,6 +1,7 @@
 """Sharded gradients on eight virtual devices: results, shardings, compilations."""
 
 import contextlib
+import functools
 
 import chex
 import jax
@@ -10,6 +11,9 @@ import pytest
 import trees
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from oracles import VARIANTS, once
+
+import optaxclip as oc
+from optaxclip import measure
 
 SPECS = {
     "bias": PartitionSpec("x"),
@@ -58,6 +62,50 @@ def test_sharded_equals_unsharded(variant, axis_type, mode):
             assert before.sharding.is_equivalent_to(after.sharding, 0)
         if mode == "jit":
             assert step._cache_size() == 1
+
+
+# One memory of each shape: per tree, leaf, unit, stacked layer and coordinate, rings among them.
+LAYERS = measure.stacked(measure.leaf_norm(), lambda path, leaf: 0 if leaf.ndim > 1 else None)
+MEMORIES = {
+    "tree": oc.zclip,
+    "leaf": oc.adagc,
+    "unit": functools.partial(
+        oc.clip_by_percentile, window=9, min_history=2, measure=measure.unit_norm()
+    ),
+    "layer": functools.partial(oc.clip_by_sigma, window=9, min_history=2, measure=LAYERS),
+    "coordinate": functools.partial(oc.clip_by_second_moment, warmup=1, patience=3),
+    "moments": oc.scale_by_stable_adam,
+}
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name)
+def test_memories_are_sharded_like_what_they_remember(memory, axis_type):
+    """Memories live where their norms do from init on, learn the same, and compile once."""
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type, axis_type))
+    stream = [trees.floats(scale=scale, seed=i) for i, scale in enumerate([1, 2, 1, 9, 9, 9, 9])]
+    params = trees.floats(scale=0.5)
+    shard = lambda tree: {
+        name: jax.device_put(x, NamedSharding(mesh, SPECS[name])) for name, x in tree.items()
+    }
+    tx = MEMORIES[memory]()
+    expected = tx.init(params)
+    for grads in stream:
+        expected_updates, expected = tx.update(grads, expected, params)
+
+    step = jax.jit(tx.update)
+    state = first = tx.init(shard(params))
+    for grads in stream:
+        updates, state = step(shard(grads), state, shard(params))
+
+    for before, after in zip(jax.tree.leaves(first), jax.tree.leaves(state), strict=True):
+        assert before.sharding.is_equivalent_to(after.sharding, before.ndim)
+    assert step._cache_size() == 1
+    # Sums over shards are rounded differently, by a few 2^-24, and seven steps add that up.
+    trees.assert_close(updates, expected_updates, 1e-5, atol=1e-6)
+    trees.assert_close(state, expected, 1e-5, atol=1e-6)
+    sharded = [x for x in jax.tree.leaves(state) if not x.sharding.is_fully_replicated]
+    assert bool(sharded) == (memory not in {"tree", "leaf"})
 
 
 def test_a_nan_on_one_device_is_seen_by_all():

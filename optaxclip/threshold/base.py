@@ -25,6 +25,12 @@ class Clock(NamedTuple):
     step: jax.Array  # () int32, calls of update so far; stays at its largest value
 
 
+def zeros_for(norm: Any, dtype: Any = jnp.float32, *, length: int | None = None) -> jax.Array:
+    """Zeros of the norm's shape and sharding, or `length` times that."""
+    one = jnp.zeros_like(norm, dtype)
+    return one if length is None else jnp.broadcast_to(one, (int(length), *norm.shape))
+
+
 def started() -> Clock:
     """A clock at step 0."""
     return Clock(jnp.zeros((), jnp.int32))

@@ -11,7 +11,7 @@ from optaxclip import _check
 from optaxclip._numbers import as_like
 
 from . import averages
-from .base import Threshold
+from .base import Threshold, zeros_for
 
 
 class EmaRatioMemory(NamedTuple):
@@ -65,7 +65,7 @@ def ema_ratio(
     _check.steps(warmup=warmup)
 
     def init(norm: Any) -> EmaRatioMemory:
-        return EmaRatioMemory(jnp.zeros(norm.shape, norm.dtype), jnp.zeros(norm.shape, jnp.int32))
+        return EmaRatioMemory(zeros_for(norm), zeros_for(norm, jnp.int32))
 
     def update(norm: jax.Array, memory: EmaRatioMemory) -> tuple[jax.Array, EmaRatioMemory]:
         average, count = memory

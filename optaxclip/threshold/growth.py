@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from optaxclip import _check
 from optaxclip._numbers import as_like
 
-from .base import Threshold
+from .base import Threshold, zeros_for
 
 
 class GrowthMemory(NamedTuple):
@@ -57,4 +57,4 @@ def growth(max_growth: float | jax.Array, *, floor: float | jax.Array = 0.0) -> 
         limit = jnp.where(memory.previous > 0, grown, jnp.inf)
         return limit, GrowthMemory(jnp.minimum(norm, limit))
 
-    return Threshold(lambda norm: GrowthMemory(jnp.zeros(norm.shape, norm.dtype)), update)
+    return Threshold(lambda norm: GrowthMemory(zeros_for(norm)), update)

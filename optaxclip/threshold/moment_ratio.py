@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from optaxclip import _check
 
 from . import averages
-from .base import Threshold
+from .base import Threshold, zeros_for
 
 
 class MomentRatioMemory(NamedTuple):
@@ -64,7 +64,7 @@ def moment_ratio(
     _check.choice((True, False), bias_correction=bias_correction)
 
     def init(norm: Any) -> MomentRatioMemory:
-        return MomentRatioMemory(*(jnp.zeros(norm.shape, norm.dtype) for _ in range(4)))
+        return MomentRatioMemory(*(zeros_for(norm) for _ in range(4)))
 
     def update(norm: jax.Array, memory: MomentRatioMemory) -> tuple[jax.Array, MomentRatioMemory]:
         learned = MomentRatioMemory(

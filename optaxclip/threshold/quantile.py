@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from optaxclip import _check
 from optaxclip._numbers import as_like
 
-from .base import Threshold
+from .base import Threshold, zeros_for
 
 
 class QuantileMemory(NamedTuple):
@@ -73,11 +73,11 @@ def quantile(
         _check.number(margin=margin)
 
     def init(norm: Any) -> QuantileMemory:
-        count = jnp.zeros(norm.shape, jnp.int32)
+        nothing = QuantileMemory(zeros_for(norm), zeros_for(norm, jnp.int32))
         if initial is None:
-            return QuantileMemory(jnp.zeros(norm.shape, norm.dtype), count)
-        estimate = jnp.full(norm.shape, initial, norm.dtype)
-        return QuantileMemory(estimate, count + jnp.asarray(warmup, jnp.int32))
+            return nothing
+        estimate = nothing.estimate + as_like(initial, nothing.estimate)
+        return QuantileMemory(estimate, nothing.seen + as_like(warmup, nothing.seen))
 
     def update(norm: jax.Array, memory: QuantileMemory) -> tuple[jax.Array, QuantileMemory]:
         gamma, eta = as_like(quantile, norm), as_like(rate, norm)

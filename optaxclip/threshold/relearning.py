@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from optaxclip import _check
 from optaxclip._numbers import as_like
 
-from .base import Clock, Memory, Threshold
+from .base import Clock, Memory, Threshold, zeros_for
 
 
 class RelearningMemory(NamedTuple):
@@ -56,7 +56,7 @@ def relearning(threshold: Threshold, *, patience: float | jax.Array = 20) -> Thr
     _check.steps(patience=patience)
 
     def init(norm: Any) -> RelearningMemory:
-        nothing = jnp.zeros(norm.shape, jnp.int32)
+        nothing = zeros_for(norm, jnp.int32)
         return RelearningMemory(threshold.init(norm), threshold.init(norm), nothing)
 
     def update(norm: jax.Array, memory: RelearningMemory) -> tuple[jax.Array, RelearningMemory]:

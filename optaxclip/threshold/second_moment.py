@@ -11,7 +11,7 @@ from optaxclip import _check
 from optaxclip._numbers import as_like
 
 from . import averages
-from .base import Threshold
+from .base import Threshold, zeros_for
 
 FEEDS = ("capped", "clipped", "raw")
 CAP = 10  # deviations; see `feed`
@@ -74,9 +74,7 @@ def second_moment(
     _check.choice(FEEDS, feed=feed)
 
     def init(norm: Any) -> SecondMomentMemory:
-        return SecondMomentMemory(
-            jnp.zeros(norm.shape, norm.dtype), jnp.zeros(norm.shape, norm.dtype)
-        )
+        return SecondMomentMemory(zeros_for(norm), zeros_for(norm))
 
     def update(norm: jax.Array, memory: SecondMomentMemory) -> tuple[jax.Array, SecondMomentMemory]:
         known = memory.weight > 0

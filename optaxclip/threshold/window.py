@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from optaxclip._numbers import as_like
 
+from .base import zeros_for
+
 # The median of |x - median| of normal numbers is their standard deviation times 0.6745.
 NORMAL = 1.4826
 
@@ -22,8 +24,7 @@ class Window(NamedTuple):
 
 def empty(length: int, norm: Any) -> Window:
     """A window without norms."""
-    norms = jnp.zeros((int(length), *norm.shape), norm.dtype)
-    return Window(norms, jnp.zeros(norm.shape, jnp.int32))
+    return Window(zeros_for(norm, length=length), zeros_for(norm, jnp.int32))
 
 
 def pushed(window: Window, norm: jax.Array) -> Window:
@@ -62,9 +63,14 @@ def quantile(window: Window, q: Any) -> jax.Array:
 
 
 def _there(window: Window) -> jax.Array:
-    places = jnp.arange(window.norms.shape[0], dtype=jnp.int32)
-    return places.reshape(-1, *(1,) * window.seen.ndim) < window.seen[None]
+    return _places(window.norms) < window.seen[None]
 
 
 def _at(norms: jax.Array, index: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(norms, index[None], axis=0)[0]
+    # Not a gather, which an Explicit mesh would want to be told the sharding of.
+    return jnp.sum(jnp.where(_places(norms) == index[None], norms, 0), axis=0)
+
+
+def _places(norms: jax.Array) -> jax.Array:
+    places = jnp.arange(norms.shape[0], dtype=jnp.int32)
+    return places.reshape(-1, *(1,) * (norms.ndim - 1))

@@ -11,7 +11,7 @@ from optaxclip import _check
 from optaxclip._numbers import as_like
 
 from . import averages
-from .base import Threshold
+from .base import Threshold, zeros_for
 from .feed import FEEDS, fed
 from .window import Window, empty, mean_and_deviation, median_and_deviation, pushed
 
@@ -88,8 +88,7 @@ def zscore(
     starting = median_and_deviation if start == "median" else mean_and_deviation
 
     def init(norm: Any) -> ZScoreMemory:
-        first = empty(warmup, norm)
-        return ZScoreMemory(first, jnp.zeros_like(first.norms[0]), jnp.zeros_like(first.norms[0]))
+        return ZScoreMemory(empty(warmup, norm), zeros_for(norm), zeros_for(norm))
 
     def update(norm: jax.Array, memory: ZScoreMemory) -> tuple[jax.Array, ZScoreMemory]:
         first, mean, deviation = memory

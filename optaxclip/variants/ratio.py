@@ -226,7 +226,7 @@ def clip_by_norm_growth(
 
     Deviation from Fira: no 1e-8 is added to the last norm, and a zero norm is not learned, which
     there starts the leaf again from 1e-8. By its nature the rule holds back any rise: one by 20 for
-    301 steps, one by 1000 for 695.
+    301 steps, one by 1000 for 694.
     """
     return adaptive(
         measure or leaf_norm(),

@@ -1,0 +1,116 @@
+"""params -> where a state lives: beside them, sharded as the norms that it remembers.
+
+The first step would put it there anyway. Begun elsewhere, it would change its sharding in that
+step, and the step be compiled twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from .measure import Measure
+
+Tree = Any
+
+
+def abstract_norms(measure: Measure, params: Tree) -> Tree:
+    """The norms as `jax.ShapeDtypeStruct`, float32, with the sharding that they will have."""
+    mesh = _mesh(params)
+    if mesh is None:
+        norms = jax.eval_shape(measure.norms, params, params)
+    else:
+        norms = _sharded_norms(measure, params, mesh)
+
+    def float32(norm: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding = norm.sharding
+        if mesh is not None:
+            sharding = NamedSharding(mesh, PartitionSpec() if sharding is None else sharding.spec)
+        return jax.ShapeDtypeStruct(norm.shape, jnp.float32, sharding=sharding)
+
+    return jax.tree.map(float32, norms)
+
+
+def beside(params: Tree) -> Callable[..., Tree]:
+    """What puts a state on the mesh or device of the parameters, if these are on one.
+
+    The function takes the state and, optionally, a norm or leaf: arrays that end in its shape are
+    sharded as it is, others replicated. Abstract and traced parameters are nowhere.
+    """
+    mesh = _mesh(params)
+    if mesh is None:
+        device = _device(params)
+        return lambda state, like=None: state if device is None else jax.device_put(state, device)
+    explicit = AxisType.Explicit in mesh.axis_types
+    # Another spelling of a sharding is another program. A compiled one spells it in full on an
+    # Explicit mesh, and else as its arguments do, or without trailing None if they do not have it.
+    spellings = {
+        _key(x.ndim, x.sharding.spec): x.sharding.spec
+        for x in reversed(jax.tree.leaves(params))
+        if not explicit and _mesh_of(x) is not None
+    }
+
+    def spec(x: jax.Array, like: Any) -> PartitionSpec:
+        own = [None] * x.ndim
+        if _mesh_of(like) is not None and x.ndim >= like.ndim:
+            start = x.ndim - like.ndim
+            own[start : start + len(like.sharding.spec)] = like.sharding.spec
+        key = _key(x.ndim, own)
+        return PartitionSpec(*own) if explicit else spellings.get(key, PartitionSpec(*key[1]))
+
+    def place(state: Tree, like: Any = None) -> Tree:
+        put = lambda x: jax.device_put(x, NamedSharding(mesh, spec(x, like)))
+        return jax.tree.map(put, state)
+
+    return place
+
+
+def _key(ndim: int, spec: Sequence[Any]) -> tuple[int, tuple[Any, ...]]:
+    axes = list(spec)
+    while axes and axes[-1] is None:
+        axes.pop()
+    return ndim, tuple(axes)
+
+
+def _device(params: Tree) -> Any:
+    """The sharding of the first parameter that was put on a device."""
+    for x in jax.tree.leaves(params):
+        if getattr(x, "committed", False) and not isinstance(x, jax.core.Tracer):
+            return x.sharding
+    return None
+
+
+def _mesh(params: Tree) -> Mesh | None:
+    """The mesh of the first concrete parameter that is on one."""
+    for x in jax.tree.leaves(params):
+        mesh = None if isinstance(x, jax.core.Tracer) else _mesh_of(x)
+        if mesh is not None:
+            return mesh
+    return None
+
+
+def _mesh_of(x: Any) -> Mesh | None:
+    mesh = getattr(getattr(x, "sharding", None), "mesh", None)
+    return mesh if isinstance(mesh, Mesh) else None
+
+
+def _sharded_norms(measure: Measure, params: Tree, mesh: Mesh) -> Tree:
+    # An Auto mesh does not say how results are sharded before they are compiled. Its Explicit twin
+    # does, by the same rules.
+    twin = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Explicit,) * mesh.devices.ndim)
+
+    def typed(x: Any) -> jax.ShapeDtypeStruct:
+        spec = x.sharding.spec if _mesh_of(x) is not None else PartitionSpec()
+        sharding = NamedSharding(twin, spec)
+        return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=sharding)
+
+    abstract = jax.tree.map(typed, params)
+    try:
+        with jax.sharding.use_abstract_mesh(twin.abstract_mesh):
+            return jax.eval_shape(measure.norms, abstract, abstract)
+    except Exception:  # noqa: BLE001 - a measure of one's own may be for Auto meshes only
+        return jax.eval_shape(measure.norms, params, params)
