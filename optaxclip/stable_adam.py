@@ -20,7 +20,7 @@ from ._clip import clip
 from ._numbers import as_like, part, sanitized, widen
 from ._place import beside
 from .measure import Measure, leaf_rms
-from .measure.arithmetic import in_range, squared
+from .measure.arithmetic import squared
 from .record import ClipState
 from .threshold import constant
 from .threshold.averages import rate, weight
@@ -113,7 +113,8 @@ def scale_by_stable_adam(
         # A square that overflows would make the quotient 0, and its moments the ones to keep.
         lost = lambda r: jnp.where(jnp.isfinite(r), jnp.maximum(r, floor(r)), jnp.nan)
         surprise = jax.tree.map(lambda g, r: g / lost(r), wide, root)
-        norms = in_range(rms, surprise, None)
+        # Their squares stay in range: v knows g, so the quotient is at most 1 / sqrt(1 - b2).
+        norms = rms.norms(surprise, None)
 
         direction = jax.tree.map(
             lambda g, m, r: (m.mu / (r + floor(r))).astype(g.dtype), grads, learned, root
