@@ -79,7 +79,7 @@ def _key(ndim: int, spec: Sequence[Any]) -> tuple[int, tuple[Any, ...]]:
 def _device(params: Tree) -> Any:
     """The sharding of the first parameter that was put on a device."""
     for x in jax.tree.leaves(params):
-        if getattr(x, "committed", False) and not isinstance(x, jax.core.Tracer):
+        if not isinstance(x, jax.core.Tracer) and getattr(x, "committed", False):
             return x.sharding
     return None
 

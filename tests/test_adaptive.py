@@ -29,7 +29,7 @@ class Adaptive(NamedTuple):
 
     make: Callable[..., optax.GradientTransformation]
     warm: int = 25  # steps after which it has a limit
-    rise: tuple[int, int] = (20, 20)
+    rise: tuple[int, int] = (25, 25)
     noisy: bool = True  # passes at least half of the steps where norms vary by NOISE
     why: str = ""  # if it does not, or learns a rise later than it should
     first_spike: str = ""  # why a spike among the first norms raises the limit for a while
@@ -189,6 +189,19 @@ def check_rise(name, times, within, which):
 
 
 @every_clip
+def test_a_new_level_has_a_limit_at_once(name):
+    """A spike right after a rise by 20 was learned is cut to a tenth or less."""
+    start = 1100
+    norms = LEVEL * np.where(np.arange(STEPS) < start, 1.0, 20.0)
+    when = start + ADAPTIVE[name].rise[0] + 1
+    norms[when] *= 100
+
+    _, factor, _ = run(name, norms)
+
+    assert factor[when] <= 0.1
+
+
+@every_clip
 def test_sixty_zeros_cost_at_most_one_step(name):
     """Zero gradients in between do not make the limit of what follows smaller."""
     norms = np.full(STEPS, LEVEL)
@@ -267,6 +280,14 @@ def one_by_one(update, state, norms):
         update_now, state = update(grads_of(norm), state)
         updates.append(update_now)
     return jax.tree.map(lambda *x: jnp.stack(x), *updates), state
+
+
+@every_variant
+def test_init_may_be_traced(name):
+    """A state that is made inside jit is the one that is made outside."""
+    tx = ADAPTIVE[name].make()
+
+    trees.assert_same_bits(jax.jit(tx.init)(grads_of(1.0)), tx.init(grads_of(1.0)))
 
 
 @every_variant

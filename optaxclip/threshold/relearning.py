@@ -21,7 +21,7 @@ class RelearningMemory(NamedTuple):
     length: jax.Array  # as the norm, int32, how many those are
 
 
-def relearning(threshold: Threshold, *, patience: float | jax.Array = 20) -> Threshold:
+def relearning(threshold: Threshold, *, patience: float | jax.Array = 25) -> Threshold:
     """Forgets what came before a run of norms that were all above the limit.
 
     After `patience` norms in a row above the limit, the limit is the one that `threshold` learns
@@ -30,7 +30,8 @@ def relearning(threshold: Threshold, *, patience: float | jax.Array = 20) -> Thr
 
     Args:
       threshold: what learns.
-      patience: a whole number >= 1, how long a burst may be.
+      patience: a whole number >= 1, how long a burst may be. With fewer norms than `threshold`
+        needs for a limit, the new level has none for a while.
 
     Returns:
       A threshold that remembers twice what `threshold` does, and a count.

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optaxclip import _check
 from optaxclip._clip import Scale, clip
 from optaxclip.measure import Measure
 from optaxclip.scale import rescale
@@ -19,13 +20,14 @@ from optaxclip.threshold import Threshold, bounded, relearning
 Limit = float | jax.Array | Callable[[jax.Array], Any]
 Patience = float | jax.Array
 
-# How long a burst may be, in steps, before it counts as a new level.
-PATIENCE = 20
+# How long a burst may be, in steps, before it counts as a new level: as many as a limit needs.
+PATIENCE = 25
 # Sizes of memories. NumPy integers, because optax.inject_hyperparams turns Python numbers, defaults
 # included, into traced arrays, and these shape the program.
 WINDOW: Final[Any] = np.int64(1000)
 SHORT_WINDOW: Final[Any] = np.int64(128)
 WARMUP: Final[Any] = np.int64(25)
+SHORT_WARMUP: Final[Any] = np.int64(10)  # where a few will do, the smallest one being taken
 
 # How often chance may make a run of norms above a quantile that long: once in so many steps.
 RARE = 1e9
@@ -36,15 +38,23 @@ def adaptive(
     threshold: Threshold,
     scale: Scale = rescale,
     *,
-    patience: Patience = math.inf,
+    patience: Patience,
+    warmup: Patience = 1,
     min_norm: Limit = 0.0,
     max_norm: Limit = math.inf,
     nonfinite: str,
     record: bool,
 ) -> optax.GradientTransformation:
-    """A clip whose limit follows the norms, learns anew when it must, and stays within bounds."""
+    """A clip whose limit follows the norms, learns anew when it must, and stays within bounds.
+
+    It is never so impatient that the new level would be left without a limit: `warmup` is how many
+    norms the threshold needs for one.
+    """
     if not (isinstance(patience, float) and patience == math.inf):
-        threshold = relearning(threshold, patience=patience)
+        _check.steps(patience=patience)
+        known = not any(isinstance(x, jax.Array) for x in (patience, warmup))
+        longer = max(patience, warmup) if known else jnp.maximum(patience, warmup)
+        threshold = relearning(threshold, patience=longer)
     threshold = bounded(threshold, min_norm=min_norm, max_norm=max_norm)
     return clip(measure, threshold, scale, nonfinite=nonfinite, record=record)
 

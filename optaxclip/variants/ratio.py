@@ -19,7 +19,7 @@ from optaxclip._clip import TOO_LARGE, clip
 from optaxclip.measure import Measure, global_norm, leaf_norm
 from optaxclip.measure.arithmetic import in_range
 
-from .adaptive import PATIENCE, Limit, Patience, adaptive
+from .adaptive import PATIENCE, SHORT_WARMUP, Limit, Patience, adaptive
 
 CONVENTIONS = ("paper", "paddle")
 
@@ -28,7 +28,7 @@ def clip_by_ema_ratio(
     ratio: float | jax.Array = 2.0,
     *,
     decay: float | jax.Array = 0.95,
-    warmup: int | jax.Array = 10,
+    warmup: int | jax.Array = SHORT_WARMUP,
     patience: Patience = PATIENCE,
     measure: Measure | None = None,
     min_norm: Limit = 0.0,
@@ -81,6 +81,7 @@ def clip_by_ema_ratio(
         measure or leaf_norm(),
         threshold.ema_ratio(ratio, decay=decay, warmup=warmup),
         patience=patience,
+        warmup=warmup,
         min_norm=min_norm,
         max_norm=max_norm,
         nonfinite=nonfinite,
@@ -155,6 +156,7 @@ def adagc(
         measure or leaf_norm(),
         threshold.ema_ratio(ratio, decay=decay, warmup=warmup),
         patience=patience,
+        warmup=warmup,
         min_norm=min_norm,
         nonfinite=nonfinite,
         record=record,

@@ -15,7 +15,7 @@ import optax
 from optaxclip import _check, threshold
 from optaxclip.measure import Measure, element, global_norm
 
-from .adaptive import PATIENCE, WARMUP, Limit, Patience, adaptive, patience_with
+from .adaptive import PATIENCE, SHORT_WARMUP, WARMUP, Limit, Patience, adaptive, patience_with
 
 
 def clip_by_quantile(
@@ -38,7 +38,7 @@ def clip_by_quantile(
       quantile: gamma, the share of norms below the limit, from 0 to 1.
       rate: eta > 0, how fast it moves.
       patience: after so many norms in a row above the limit, these are a new level and no burst:
-        the limit is learned from them alone. None: 20,
+        the limit is learned from them alone. None: 25,
         or more if gamma is so low that chance alone makes such runs. math.inf: never.
       measure: what a norm is of; None: the whole tree.
       min_norm: the least limit, once there is one: a number, a () array or a schedule.
@@ -74,8 +74,9 @@ def clip_by_quantile(
         patience = patience_with(quantile)
     return adaptive(
         measure or global_norm(),
-        threshold.quantile(quantile, rate=rate),
+        threshold.quantile(quantile, rate=rate, warmup=SHORT_WARMUP),
         patience=patience,
+        warmup=SHORT_WARMUP,
         min_norm=min_norm,
         max_norm=max_norm,
         nonfinite=nonfinite,
@@ -147,6 +148,7 @@ def zclip(
         measure or global_norm(),
         threshold.zscore(z_max, decay=decay, warmup=warmup, mode=mode, feed=feed),
         patience=patience,
+        warmup=warmup,
         min_norm=min_norm,
         max_norm=max_norm,
         nonfinite=nonfinite,
@@ -214,6 +216,7 @@ def clip_by_second_moment(
         measure or element(),
         threshold.second_moment(k, decay=decay, warmup=warmup, floor=floor, feed=feed),
         patience=patience,
+        warmup=warmup,
         max_norm=max_norm,
         nonfinite=nonfinite,
         record=record,

@@ -49,7 +49,7 @@ def clip_by_percentile(
       window: L, how many norms are kept; static.
       min_history: how many norms there must be before there is a limit of them.
       patience: after so many norms in a row above the limit, these are a new level and no burst:
-        the limit is learned from them alone. None: 20,
+        the limit is learned from them alone. None: 25,
         or more if p is so low that chance alone makes such runs. math.inf: never.
       measure: what a norm is of; None: the whole tree.
       min_norm: the least limit, once there is one: a number, a () array or a schedule.
@@ -87,6 +87,7 @@ def clip_by_percentile(
         measure or global_norm(),
         threshold.percentile(percentile, window=window, min_history=min_history),
         patience=_patience(percentile, patience),
+        warmup=min_history,
         min_norm=min_norm,
         max_norm=max_norm,
         nonfinite=nonfinite,
@@ -217,6 +218,7 @@ def clip_by_sigma(
         measure or global_norm(),
         threshold.sigma(k, window=window, feed=feed, min_history=min_history),
         patience=patience,
+        warmup=min_history,
         min_norm=min_norm,
         max_norm=max_norm,
         nonfinite=nonfinite,
