@@ -42,8 +42,10 @@ VARIANTS = {
 }
 
 
+VARIANTS["scale_by_stable_adam"] = optaxclip.scale_by_stable_adam
+
 # Two moments belong together, as in optax.scale_by_adam.
-POSITIONAL = {"stabilize_gradients": ("norm_decay",)}
+POSITIONAL = {"stabilize_gradients": ["norm_decay"], "scale_by_stable_adam": ["b2", "eps"]}
 
 
 def readme_rows():
