@@ -1,27 +1,6 @@
 """Clippers compared on a character-level LSTM: who survives a large learning rate?
 
-The same model is trained from the same seed on the same English text, once per clipper, by
-truncated backpropagation through time. The text is the reference of the Python language, which
-ships with Python itself (`pydoc_data.topics`), so nothing is downloaded; it differs a little
-between versions of Python, and so do the numbers.
-
-    python examples/char_lm.py
-    python examples/char_lm.py --lr 3 --seed 1
-    python examples/char_lm.py --clippers none,global_norm=0.25,agc --out out/agc
-
-It prints a table and writes a picture and a CSV file of every step's metrics. A norm in them is
-the largest of what that clipper measures, before clipping.
-
-The optimizer is SGD with momentum: Adam divides the size of a gradient out again and would hide
-what is to be seen. At a learning rate of 3 no step is clipped, and the loss gets as low. At the
-default of 4 a few large gradients among the first steps throw the unclipped run off: it ended
-worse than the one with `global_norm` for each of ten seeds, and, tried for seed 0, still did after
-1000 steps.
-
-All thresholds are 1.0, the default of the package (AGC: 0.01), and that is not one strength: an
-entry is at most the norm of its leaf, which is at most the global norm. So `value` clips least,
-here next to nothing, and does not help; `--clippers value=0.01` clips nine steps in ten, and does.
-`norm` helps with some seeds and hurts with others.
+DOC
 """
 
 from __future__ import annotations
@@ -39,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _plots import draw
 from _text import Text, read_text
 from flax import linen as nn
 from flax.training.train_state import TrainState
@@ -60,18 +38,31 @@ class Clipper(NamedTuple):
     make: Callable[[float], optax.GradientTransformation]
     threshold: float
     measures: str
+    limit: str = "adaptive"  # or "fixed", or "none"
+    last: bool = False  # whether it comes after the optimizer, and clips what that makes
 
 
 unclipped = functools.partial(optaxclip.clip_by_global_norm, nonfinite="propagate")
 
 CLIPPERS = {
-    "none": Clipper(unclipped, math.inf, "global norm"),  # inf clips nothing and still measures
-    "value": Clipper(optaxclip.clip_by_value, 1.0, "entries"),
-    "norm": Clipper(optaxclip.clip_by_norm, 1.0, "leaf norms"),
-    "global_norm": Clipper(optaxclip.clip_by_global_norm, 1.0, "global norm"),
-    "block_rms": Clipper(optaxclip.clip_by_block_rms, 1.0, "leaf RMS"),
-    "average_norm": Clipper(optaxclip.clip_by_average_norm, 1.0, "average norms"),
-    "agc": Clipper(optaxclip.adaptive_grad_clip, 0.01, "relative norms"),
+    "none": Clipper(unclipped, math.inf, "global norm", "none"),  # inf: nothing, but it measures
+    "value": Clipper(optaxclip.clip_by_value, 1.0, "entries", "fixed"),
+    "norm": Clipper(optaxclip.clip_by_norm, 1.0, "leaf norms", "fixed"),
+    "global_norm": Clipper(optaxclip.clip_by_global_norm, 1.0, "global norm", "fixed"),
+    "block_rms": Clipper(optaxclip.clip_by_block_rms, 1.0, "leaf RMS", "fixed"),
+    "average_norm": Clipper(optaxclip.clip_by_average_norm, 1.0, "average norms", "fixed"),
+    "agc": Clipper(optaxclip.adaptive_grad_clip, 0.01, "relative norms", "fixed"),
+    "clippy": Clipper(optaxclip.clippy, 0.5, "relative steps", "fixed", last=True),
+    "percentile": Clipper(optaxclip.clip_by_percentile, 95.0, "global norm"),
+    "autoclip": Clipper(optaxclip.autoclip, 10.0, "global norm"),
+    "quantile": Clipper(optaxclip.clip_by_quantile, 0.9, "global norm"),
+    "zclip": Clipper(optaxclip.zclip, 2.5, "global norm"),
+    "sigma": Clipper(optaxclip.clip_by_sigma, 3.0, "global norm"),
+    "ema_ratio": Clipper(optaxclip.clip_by_ema_ratio, 2.0, "leaf norms"),
+    "adagc": Clipper(optaxclip.adagc, 1.05, "leaf norms"),
+    "norm_growth": Clipper(optaxclip.clip_by_norm_growth, 1.01, "leaf norms"),
+    "second_moment": Clipper(optaxclip.clip_by_second_moment, 3.0, "entries"),
+    "stabilize": Clipper(optaxclip.stabilize_gradients, 0.6, "leaf norms, and sets them"),
 }
 
 
@@ -98,34 +89,44 @@ class State(TrainState):
     carry: Any
 
 
-def start(clipper: optax.GradientTransformation, lr: float, seed: int, vocabulary: int) -> State:
-    """The state before the first step, the same for every clipper."""
-    # The clipper comes first: the optimizer sees only what it lets through.
-    tx = optax.chain(clipper, optax.sgd(lr, momentum=0.9))
-    model = CharLSTM(vocabulary)
-    carry = zero_carry(STREAMS)
-    params = model.init(jax.random.key(seed), carry, jnp.zeros((STREAMS, CHUNK), jnp.int32))
-    return State.create(apply_fn=model.apply, params=params, tx=tx, carry=carry)
-
-
 def zero_carry(streams: int) -> Any:
     """What the LSTM remembers before the first character."""
     return (jnp.zeros((streams, HIDDEN)), jnp.zeros((streams, HIDDEN)))
 
 
-def loss_of(state: State, params: Any, carry: Any, chunk: jax.Array) -> tuple[jax.Array, Any]:
+@functools.partial(jax.jit, static_argnames="model")
+def parameters(model: CharLSTM, seed: int) -> Any:
+    """What training starts from, the same for every clipper."""
+    text = jnp.zeros((STREAMS, CHUNK), jnp.int32)
+    return model.init(jax.random.key(seed), zero_carry(STREAMS), text)
+
+
+def optimizer(name: str, lr: float) -> optax.GradientTransformation:
+    """SGD with momentum, and the clipper where it belongs."""
+    clipper, threshold = parse_clipper(name)
+    clip, sgd = clipper.make(threshold), optax.sgd(lr, momentum=0.9)
+    # Most clippers come first: the optimizer sees only what they let through.
+    return optax.chain(sgd, clip) if clipper.last else optax.chain(clip, sgd)
+
+
+def loss_of(
+    apply_fn: Callable[..., Any], params: Any, carry: Any, chunk: jax.Array
+) -> tuple[jax.Array, Any]:
     """The mean cross entropy in nats per character, and the next carry."""
-    carry, logits = state.apply_fn(params, carry, chunk[:, :-1])
+    carry, logits = apply_fn(params, carry, chunk[:, :-1])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, chunk[:, 1:])
     return losses.mean(), carry
 
 
 def train_step(state: State, chunk: jax.Array) -> tuple[State, dict[str, jax.Array]]:
     """One step; no gradient flows into the carry, which truncates the backpropagation."""
-    grad_of = jax.value_and_grad(functools.partial(loss_of, state), has_aux=True)
+    grad_of = jax.value_and_grad(functools.partial(loss_of, state.apply_fn), has_aux=True)
     (loss, carry), grads = grad_of(state.params, state.carry, chunk)
     state = state.apply_gradients(grads=grads, carry=carry)
-    return state, {"loss_bits": loss / math.log(2), **optaxclip.metrics(state.opt_state)}
+    metrics = optaxclip.metrics(state.opt_state)
+    # AdaGC is two clips, "global/norm" and "leaf/norm": the last one's metrics are kept.
+    metrics = {name.rpartition("/")[-1]: value for name, value in metrics.items()}
+    return state, {"loss_bits": loss / math.log(2), **metrics}
 
 
 @jax.jit
@@ -134,12 +135,12 @@ def train_block(state: State, chunks: jax.Array) -> tuple[State, dict[str, jax.A
     return jax.lax.scan(train_step, state, chunks)
 
 
-@jax.jit
-def validate(state: State, chunks: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="apply_fn")
+def validate(apply_fn: Callable[..., Any], params: Any, chunks: jax.Array) -> jax.Array:
     """The loss in bits per character on text that was not trained on."""
 
     def step(carry: Any, chunk: jax.Array) -> tuple[Any, jax.Array]:
-        loss, carry = loss_of(state, state.params, carry, chunk)
+        loss, carry = loss_of(apply_fn, params, carry, chunk)
         return carry, loss
 
     _, losses = jax.lax.scan(step, zero_carry(chunks.shape[1]), chunks)
@@ -147,74 +148,82 @@ def validate(state: State, chunks: jax.Array) -> jax.Array:
 
 
 class Run(NamedTuple):
-    """What one clipper did."""
+    """What one clipper did with one seed."""
 
-    name: str
-    measures: str
+    seed: int
     history: dict[str, np.ndarray]  # by metric, one entry per step
     valid_bits: float
     seconds: float
 
     @property
-    def diverged(self) -> int | None:
-        """The first step whose loss is not a number, counted from 1."""
-        bad = ~np.isfinite(self.history["loss_bits"])
-        return int(bad.argmax()) + 1 if bad.any() else None
+    def clipped_steps(self) -> int:
+        """How many steps were clipped."""
+        return int(self.history["clipped_steps"][-1])
 
     @property
-    def clipped(self) -> str:
-        """How many steps were clipped, in words."""
-        steps = self.history["clipped_steps"]
-        return f"{steps[-1]} of {len(steps)}"
+    def diverged(self) -> bool:
+        """Whether some loss is not a number."""
+        return not np.isfinite([*self.history["loss_bits"], self.valid_bits]).all()
 
 
-def train(name: str, text: Text, args: argparse.Namespace, advance: Callable[..., Any]) -> Run:
-    """Trains one model, compilation included in its seconds."""
+def train(state: State, seed: int, text: Text, steps: int, advance: Callable[..., Any]) -> Run:
+    """Trains one model; its seconds include compilation, which only the first seed needs."""
     began = time.perf_counter()
-    kind, threshold = parse_clipper(name)
-    state = start(kind.make(threshold), args.lr, args.seed, text.vocabulary)
     blocks = []
-    for first in range(0, args.steps, BLOCK):
-        steps = np.arange(first, min(first + BLOCK, args.steps))
-        state, metrics = train_block(state, text.train[steps % len(text.train)])
+    for first in range(0, steps, BLOCK):
+        block = np.arange(first, min(first + BLOCK, steps))
+        state, metrics = train_block(state, text.train[block % len(text.train)])
         blocks.append(jax.device_get(metrics))
-        advance(advance=len(steps), loss=f"{blocks[-1]['loss_bits'][-1]:.2f}")
+        advance(advance=len(block), loss=f"{blocks[-1]['loss_bits'][-1]:.2f}")
     history = {key: np.concatenate([block[key] for block in blocks]) for key in blocks[0]}
-    valid_bits = float(validate(state, text.valid))
-    return Run(name, kind.measures, history, valid_bits, time.perf_counter() - began)
+    valid_bits = float(validate(state.apply_fn, state.params, text.valid))
+    return Run(seed, history, valid_bits, time.perf_counter() - began)
 
 
 # ------------------------------------------------------------------------------- the results
 
 
-def table(runs: list[Run]) -> Table:
-    """The runs side by side."""
+def table(results: dict[str, list[Run]]) -> Table:
+    """The clippers side by side: means over the seeds, the range of the losses, largest norms."""
     out = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for heading in ("clipper", "measures"):
-        out.add_column(heading, no_wrap=True)
-    for heading in ("limit", "validation\nbits/char", "steps\nclipped", "largest\nnorm", "seconds"):
-        out.add_column(heading, justify="right")
-    for run in runs:
-        bits = f"{run.valid_bits:.3f}"
-        bits = f"diverged\nat {run.diverged}" if run.diverged else bits
-        limit, largest = run.history["limit"][-1], run.history["norm"].max()
-        limit = "none" if limit == math.inf else f"{limit:.3g}"
+    for heading in ("clipper", "limit", "measures"):
+        out.add_column(heading, no_wrap=heading != "measures")
+    for heading in ("validation\nbits/char", "steps\nclipped", "largest\nnorm", "seconds"):
+        out.add_column(heading, justify="right", no_wrap=True)
+    for name, runs in results.items():
+        clipper, threshold = parse_clipper(name)
         out.add_row(
-            run.name, run.measures, limit, bits, run.clipped, f"{largest:.3g}", f"{run.seconds:.1f}"
+            name,
+            f"{clipper.limit}",
+            clipper.measures,
+            bits(runs),
+            f"{np.mean([run.clipped_steps for run in runs]):.3g}",
+            f"{np.max([run.history['norm'] for run in runs]):.3g}",
+            f"{sum(run.seconds for run in runs):.1f}",
         )
     return out
 
 
-def write_csv(runs: list[Run], path: Path) -> None:
-    """One line per clipper and step."""
+def bits(runs: list[Run]) -> str:
+    """The losses on validation text, in few words."""
+    diverged = sum(run.diverged for run in runs)
+    if diverged:
+        return f"{diverged} of {len(runs)} diverged"
+    found = [run.valid_bits for run in runs]
+    return f"{np.mean(found):.2f} ({min(found):.2f}-{max(found):.2f})"
+
+
+def write_csv(results: dict[str, list[Run]], path: Path) -> None:
+    """One line per clipper, seed and step."""
     columns = ["loss_bits", "norm", "clipped_norm", "limit", "factor", "clipped"]
     columns += ["clipped_steps", "nonfinite_steps"]
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["clipper", "step", *columns])
-        for run in runs:
-            lines = zip(*(run.history[column].tolist() for column in columns), strict=True)
-            writer.writerows([run.name, i, *line] for i, line in enumerate(lines, 1))
+        writer.writerow(["clipper", "seed", "step", *columns])
+        for name, runs in results.items():
+            for run in runs:
+                lines = zip(*(run.history[column].tolist() for column in columns), strict=True)
+                writer.writerows([name, run.seed, i, *line] for i, line in enumerate(lines, 1))
 
 
 # ------------------------------------------------------------------------------- the program
@@ -240,15 +249,21 @@ def clipper_list(text: str) -> list[str]:
     return names
 
 
+def seed_list(text: str) -> list[int]:
+    """The argument of --seeds."""
+    return list(dict.fromkeys(map(int, text.split(","))))
+
+
 def arguments() -> argparse.Namespace:
     """The options of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=400, help="training steps (%(default)s)")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--steps", type=int, default=300, help="training steps (%(default)s)")
     parser.add_argument("--lr", type=float, default=4.0, help="learning rate (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the parameters (%(default)s)")
+    parser.add_argument("--seeds", type=seed_list, default="0,1", help="of parameters (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("out/char_lm"), help="folder of the files")
     parser.add_argument(
-        "--clippers", type=clipper_list, default="none,value,norm,global_norm",
+        "--clippers", type=clipper_list,
+        default="none,value,norm,global_norm,percentile,zclip,adagc",
         help=f"out of {', '.join(CLIPPERS)}, each with =threshold if wanted (%(default)s)",
     )  # fmt: skip
     args = parser.parse_args()
@@ -262,27 +277,25 @@ def main() -> None:
     args, console = arguments(), Console()
     text = read_text(streams=STREAMS, chunk=CHUNK)
     console.print(text.about, highlight=False)
+    model = CharLSTM(text.vocabulary)
+    begin = functools.partial(State.create, apply_fn=model.apply, carry=zero_carry(STREAMS))
     columns = (
         TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(),
         TextColumn("steps, loss {task.fields[loss]} bits/char"), TimeElapsedColumn(),
     )  # fmt: skip
-    runs = []
+    results = {}
     with Progress(*columns, console=console) as progress:
         for name in args.clippers:
-            task = progress.add_task(name, total=args.steps, loss="-")
-            runs.append(train(name, text, args, functools.partial(progress.update, task)))
-    console.print(table(runs))
+            tx = optimizer(name, args.lr)  # one for all seeds, and so one compiled program
+            task = progress.add_task(name, total=args.steps * len(args.seeds), loss="-")
+            advance = functools.partial(progress.update, task)
+            results[name] = [
+                train(begin(params=parameters(model, s), tx=tx), s, text, args.steps, advance)
+                for s in args.seeds
+            ]
+    console.print(table(results))
     args.out.mkdir(parents=True, exist_ok=True)
-    picture, metrics = args.out / "char_lm.png", args.out / "metrics.csv"
-    write_csv(runs, metrics)
-    title = f"Character-level LSTM, SGD with momentum, learning rate {args.lr:g}, seed {args.seed}"
-    histories = {run.name: run.history for run in runs}
-    captions = {
-        run.name: f"{run.name}: clipped {run.clipped} steps (measured: {run.measures})"
-        for run in runs
-    }
-    draw(histories, captions, text.unigram_bits, title, picture)
-    console.print(f"wrote {picture} and {metrics}", soft_wrap=True)
+    write_csv(results, args.out / "metrics.csv")
 
 
 if __name__ == "__main__":

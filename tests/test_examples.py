@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -44,6 +46,21 @@ def test_char_lm_names_its_clippers():
     assert "Traceback" not in done.stderr
 
 
+def test_thresholds(tmp_path):
+    """The picture of the limits is written, and the fixed one's row is what NumPy says it is."""
+    done = run("examples/thresholds.py", "--seed", 3, "--out", tmp_path)
+
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()[3:-1]]
+    norms = np.random.default_rng(3).lognormal(0, 0.1, 1300)
+    quiet = 100 * np.mean(norms[200:600] > 1)
+    factors = [f"{0.1 / norms[step]:.3f}" for step in (600, 700, 704)]  # 1 over ten times it
+    assert rows[0] == ["clip_by_global_norm", f"{quiet:.1f}", "%", *factors, ">375", "0"]
+    assert len(rows) == 11
+    assert all(row[-1] == "0" for row in rows)  # the NaN changes nothing after it
+    assert (tmp_path / "thresholds.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_overhead():
     """The benchmark prints a line for the bare step and for each candidate."""
     done = run("benchmarks/overhead.py", "--leaves", 2, "--size", 100, "--rounds", 1)
@@ -62,4 +79,8 @@ def test_every_program_is_run_here():
         for path in (ROOT / folder).glob("[!_]*.py")
     }
 
-    assert programs == {"examples/char_lm.py", "benchmarks/overhead.py"}
+    assert programs == {
+        "examples/char_lm.py",
+        "examples/thresholds.py",
+        "benchmarks/overhead.py",
+    }

@@ -1,10 +1,17 @@
-"""Thresholds: limits over streams of norms, and what they remember."""
+"""Thresholds: limits over streams of norms, what they remember, and what they refuse."""
+
+import inspect
+import math
+import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import trees
+from limits import RULES
 
 from optaxclip import threshold
 
@@ -83,3 +90,337 @@ def test_clock_saturates():
     _, memory = schedule.update(jnp.float32(1), threshold.Clock(jnp.int32(last)))
 
     assert int(memory.step) == last
+
+
+# ---------------------------------------------------------------------------------- memories
+
+SCHEDULE = lambda step: 1.0 + step.astype(jnp.float32)
+REMEMBERING = RULES | {
+    "constant": lambda t: t.constant(SCHEDULE),
+    "until": lambda t: t.until(5, t.constant(SCHEDULE), t.zscore(2.5, warmup=1)),
+    "quantile from a number": lambda t: t.quantile(0.9, initial=np.float64(1)),
+    "bounded by schedules": lambda t: t.bounded(
+        t.percentile(95.0, window=30), min_norm=SCHEDULE, max_norm=SCHEDULE
+    ),
+    "relearning with a clock": lambda t: t.relearning(
+        t.until(5, t.constant(1.0), t.sigma(np.float32(3), window=30))
+    ),
+}
+every_rule = pytest.mark.parametrize("rule", REMEMBERING.values(), ids=REMEMBERING)
+every_shape = pytest.mark.parametrize("shape", [(), (2, 3)], ids=str)
+
+
+def is_clock(x):
+    """Whether a part of a memory counts steps for all groups."""
+    return isinstance(x, threshold.Clock)
+
+
+def form(tree):
+    """The structure of a tree and what its arrays are, their values apart."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef, [(x.shape, x.dtype, x.weak_type) for x in leaves]
+
+
+@every_rule
+@every_shape
+@pytest.mark.parametrize("x64", [False, True])
+def test_memory_keeps_its_form(rule, shape, x64):
+    """A memory is strong float32 and int32, in the norm's shape, finite, the same at each step."""
+    norm = jax.ShapeDtypeStruct(shape, jnp.float32)
+    with jax.enable_x64(x64):
+        rule = rule(threshold)
+        memory = rule.init(norm)
+        limit, after = jax.eval_shape(rule.update, norm, memory)
+
+    assert form(after) == form(memory)
+    assert form(limit)[1] == [(shape, jnp.float32, False)]
+    assert {x.dtype for x in jax.tree.leaves(memory)} <= {jnp.dtype("float32"), jnp.dtype("int32")}
+    assert not any(x.weak_type for x in jax.tree.leaves(memory))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(memory))
+    for x in jax.tree.leaves(memory, is_leaf=is_clock):
+        assert x.step.shape == () if is_clock(x) else x.shape[x.ndim - len(shape) :] == shape
+
+
+@every_rule
+@every_shape
+def test_memory_has_buffers_of_its_own(rule, shape):
+    """No two arrays of a fresh memory share a buffer, nor does one with the norm."""
+    norm = jnp.zeros(shape)
+    memory = rule(threshold).init(norm)
+
+    pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves((norm, memory))]
+
+    assert len(set(pointers)) == len(pointers)
+
+
+# -------------------------------------------------------------------------------- relearning
+
+FORGETFUL = {
+    "growth": lambda t: t.growth(1.25),  # more than calm norms grow
+    "ema_ratio": lambda t: t.ema_ratio(1.5, warmup=2),
+    "zscore": lambda t: t.zscore(2.5, feed="clipped", warmup=2),
+}
+CALM, BURST, LEVEL = [1.0, 1.1, 0.9, 1.0], [9.0, 10.0, 11.0], [20.0, 21.0, 19.0, 20.0]
+
+
+@pytest.mark.parametrize("inner", FORGETFUL.values(), ids=FORGETFUL)
+def test_a_burst_shorter_than_the_patience_is_forgotten(inner):
+    """After a burst, the limits and the memory are those of the inner threshold alone."""
+    inner = inner(threshold)
+    slow = threshold.relearning(inner, patience=len(BURST) + 1)
+    norms = jnp.float32(CALM + BURST + CALM)
+
+    found, memory = limits(slow, norms)
+
+    trees.assert_same_bits((found, memory.all), limits(inner, norms))
+    trees.assert_same_bits(memory.run, inner.init(norms[0]))
+    assert int(memory.length) == 0
+
+
+@pytest.mark.parametrize("inner", FORGETFUL.values(), ids=FORGETFUL)
+def test_a_new_level_is_all_that_is_remembered(inner):
+    """After `patience` norms above the limit, it is as if the first of them had been the first."""
+    inner = inner(threshold)
+    slow = threshold.relearning(inner, patience=len(LEVEL))
+    before, after = CALM + BURST + CALM, [*LEVEL, 20.0, 22.0, 18.0]
+
+    found, memory = limits(slow, jnp.float32(before + after))
+
+    expected, learned = limits(inner, jnp.float32(after))
+    known = slice(len(LEVEL), None)
+    trees.assert_same_bits(found[len(before) :][known], expected[known])
+    trees.assert_same_bits(memory.all, learned)
+
+
+def test_groups_relearn_by_themselves():
+    """A group that has a new level forgets; its neighbour, which has a burst, does not."""
+    slow = threshold.relearning(threshold.growth(1.01), patience=4)
+    norms = jnp.float32([[1.0, 1.0], [9.0, 9.0], [9.0, 9.0], [9.0, 9.0], [9.0, 1.0], [9.0, 1.0]])
+
+    found, memory = limits(slow, norms)
+
+    np.testing.assert_allclose(found[-1], [1.01 * 9, 1.01], 1e-6)
+    alone = [limits(slow, norms[:, i]) for i in (0, 1)]
+    trees.assert_same_bits((found, memory), jax.tree.map(lambda *x: jnp.stack(x, -1), *alone))
+
+
+def test_relearning_within_other_thresholds():
+    """What is around a relearning threshold changes its limit but not what it learns."""
+    slow = threshold.relearning(threshold.growth(1.01), patience=3)
+    norms = jnp.float32(CALM + LEVEL + CALM)
+    alone, memory = limits(slow, norms)
+
+    late, late_memory = limits(threshold.until(6, threshold.constant(0.5), slow), norms)
+    most, most_memory = limits(threshold.bounded(slow, max_norm=2.0), norms)
+
+    np.testing.assert_array_equal(late, np.where(np.arange(len(norms)) < 6, 0.5, alone))
+    np.testing.assert_array_equal(most, np.minimum(alone, 2.0))
+    trees.assert_same_bits([late_memory.then, most_memory.threshold], [memory, memory])
+
+
+def test_clocks_run_on_when_norms_are_learned_anew():
+    """A schedule, and the step at which another threshold takes over, ignore relearning."""
+    ceiling = threshold.bounded(threshold.growth(1.01), max_norm=SCHEDULE)
+    opening = threshold.until(3, threshold.constant(1.0), threshold.growth(2.0))
+    norms = jnp.full(7, 100.0)
+
+    scheduled, _ = limits(threshold.relearning(threshold.constant(SCHEDULE), patience=2), norms)
+    bounded, _ = limits(threshold.relearning(ceiling, patience=2), norms)
+    later, memory = limits(threshold.relearning(opening, patience=2), norms)
+
+    np.testing.assert_array_equal(scheduled, [1, 2, 3, 4, 5, 6, 7])
+    np.testing.assert_array_equal(bounded, [1, 2, 3, 4, 5, 6, 7])
+    np.testing.assert_array_equal(later, [1, 1, 1, 200, 200, 200, 200])
+    assert [int(memory.all.clock.step), int(memory.run.clock.step)] == [7, 7]
+
+
+# --------------------------------------------------------------------------------- arguments
+
+
+class Kind(NamedTuple):
+    """What an argument can be, and values that it cannot."""
+
+    allowed: str  # in the words of the error
+    good: tuple
+    wrong: tuple
+    wrong_type: tuple = ("5", True, None, 1j, [1.0], np.True_, np.complex64(1))
+    number: bool = False  # for which a () array may stand
+
+
+def number(allowed, good, wrong):
+    """A number or a () array."""
+    return Kind(f"{allowed} or a () array", good, (*wrong, math.nan, -math.inf), number=True)
+
+
+def choice(*good):
+    """One of a few values."""
+    return Kind(f"one of {', '.join(map(repr, good))}", good, ("unknown", None, 1, 0.0), ())
+
+
+PERCENT = number("a number from 0 to 100", (0, 95.0, 100), (-1, 100.5, math.inf))
+SHARE = number("a number from 0 to 1", (0, 0.5, 1), (-0.5, 1.5))
+DECAY = number("a number in [0, 1)", (0, 0.75), (1.0, -0.5))
+NUMBER = number("a finite number >= 0", (0, 2.5), (-1.0, math.inf, 1e39))
+GROWTH = number("a finite number >= 1", (1, 1.5), (0.75, -2.0, math.inf))
+POSITIVE = number("a finite number >= 1.2e-38", (1, 0.5), (0, -1.0, 1e-39, math.inf))
+STEPS = number("a whole number of steps >= 1", (1, 2.0), (0, -3, 2.5, math.inf))
+LIMIT = Kind(
+    "a number >= 0, a () array or a schedule step -> value (inf turns clipping off, 0 gives zeros)",
+    (0, 2.5, math.inf),
+    (-1.0, math.nan, -math.inf),
+    number=True,
+)
+STATIC = Kind(
+    "a whole number >= 1", (30, np.int64(30)), (0, -1), (*Kind._field_defaults["wrong_type"], 1.5)
+)
+FLAG = choice(True, False)
+INNER = Kind(
+    "a Threshold, such as threshold.growth(1.01)", (threshold.constant(1.0),), (), (1.0, None)
+)
+START = choice("median", "mean")
+
+# Each threshold, with valid values for what has no default, and the kind of each argument.
+ARGUMENTS = {
+    "percentile": (
+        {"percentile": 95.0},
+        {"percentile": PERCENT, "window": STATIC, "min_history": STEPS, "with_current": FLAG},
+    ),
+    "quantile": (
+        {"quantile": 0.9},
+        {
+            "quantile": SHARE,
+            "rate": POSITIVE,
+            "initial": POSITIVE,
+            "warmup": STEPS,
+            "margin": NUMBER,
+        },
+    ),
+    "zscore": (
+        {"z_max": 2.5},
+        {
+            "z_max": NUMBER,
+            "decay": DECAY,
+            "warmup": STATIC,
+            "mode": choice("reciprocal", "mean", "sigma"),
+            "feed": choice("capped", "clipped", "raw", "skip"),
+            "start": START,
+            "min_sigma": NUMBER,
+        },
+    ),
+    "sigma": (
+        {"k": 3.0},
+        {
+            "k": NUMBER,
+            "window": STATIC,
+            "feed": choice("clipped", "raw"),
+            "min_history": STEPS,
+            "start": START,
+            "min_sigma": NUMBER,
+        },
+    ),
+    "ema_ratio": ({"ratio": 2.0}, {"ratio": NUMBER, "decay": DECAY, "warmup": STEPS}),
+    "growth": ({"max_growth": 1.5}, {"max_growth": GROWTH, "floor": NUMBER}),
+    "second_moment": (
+        {"k": 3.0},
+        {
+            "k": NUMBER,
+            "decay": DECAY,
+            "warmup": STEPS,
+            "floor": NUMBER,
+            "feed": choice("capped", "clipped", "raw"),
+        },
+    ),
+    "moment_ratio": ({}, {"decay": DECAY, "norm_decay": DECAY, "bias_correction": FLAG}),
+    "bounded": (
+        {"threshold": threshold.growth(1.5)},
+        {"threshold": INNER, "min_norm": LIMIT, "max_norm": LIMIT},
+    ),
+    "relearning": (
+        {"threshold": threshold.growth(1.5)},
+        {"threshold": INNER, "patience": STEPS},
+    ),
+}
+every_argument = pytest.mark.parametrize(
+    ("name", "argument", "kind"),
+    [(name, *pair) for name, (_, kinds) in ARGUMENTS.items() for pair in kinds.items()],
+    ids=lambda x: "" if isinstance(x, Kind) else x,
+)
+
+
+def make(name, **arguments):
+    """A threshold with valid arguments, apart from these."""
+    return getattr(threshold, name)(**ARGUMENTS[name][0] | arguments)
+
+
+def signature(name):
+    """The parameters of a threshold."""
+    return inspect.signature(getattr(threshold, name)).parameters
+
+
+def test_the_table_of_arguments_is_complete():
+    """Every argument of every threshold with an oracle is in the table."""
+    assert set(ARGUMENTS) == set(RULES)
+    for name, (_, kinds) in ARGUMENTS.items():
+        assert list(kinds) == list(signature(name))
+
+
+@every_argument
+def test_bad_arguments(name, argument, kind):
+    """A bad value is refused, in words that name the argument, what is allowed, and the value."""
+
+    def refuses(error, value, shown, allowed=kind.allowed):
+        message = re.escape(f"{argument} must be {allowed}; got {shown}")
+        with pytest.raises(error, match=f"^{message}$"):
+            make(name, **{argument: value})
+
+    for value in kind.wrong:
+        refuses(ValueError, value, repr(value))
+    for value in kind.wrong_type:
+        if value is not None or signature(name)[argument].default is not None:
+            refuses(TypeError, value, repr(value))
+    if kind.number:
+        refuses(ValueError, np.ones(2), "an array of shape (2,)")
+        refuses(ValueError, jnp.ones((2, 1)), "an array of shape (2, 1)")
+        refuses(TypeError, jnp.array(True), repr(jnp.array(True)))
+    if kind is STATIC:
+        static = (
+            "a Python value, no JAX array (optax.inject_hyperparams makes one of a number unless "
+            f"'{argument}' is in its static_args)"
+        )
+        refuses(TypeError, jnp.int32(30), repr(jnp.int32(30)), static)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        (
+            "percentile",
+            {"window": 8, "min_history": 9},
+            "min_history must be at most the window, 8; got 9",
+        ),
+        ("sigma", {"window": 24}, "min_history must be at most the window, 24; got 25"),
+        (
+            "bounded",
+            {"min_norm": 2.0, "max_norm": np.float32(1)},
+            r"min_norm must be at most max_norm, which is np.float32\(1.0\); got 2.0",
+        ),
+    ],
+)
+def test_arguments_that_contradict_each_other(name, arguments, message):
+    """Two arguments that are good each by itself may not be together, and the error has both."""
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        make(name, **arguments)
+
+
+@every_argument
+def test_good_arguments(name, argument, kind):
+    """Python, NumPy and JAX numbers of any type are accepted, and change no form."""
+    norm = jax.ShapeDtypeStruct((2,), jnp.float32)
+    types = (np.float64, np.float16, np.array, jnp.float32, jnp.bfloat16) if kind.number else ()
+
+    for value in (*kind.good, *(as_type(kind.good[0]) for as_type in types)):
+        rule = make(name, **{argument: value})
+        memory = rule.init(norm)
+        limit, after = jax.eval_shape(rule.update, norm, memory)
+        assert form(after) == form(memory)
+        assert form(limit)[1] == [((2,), jnp.float32, False)]

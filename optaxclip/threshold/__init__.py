@@ -26,7 +26,8 @@ threshold        the limit is                                 it follows a lasti
 
 Three make thresholds of thresholds: `until` switches to another one after some steps, `bounded`
 keeps the limit between two bounds, and `relearning` forgets the past when a burst turns out to be
-a new level. All but `constant` and `moment_ratio` look at past norms only.
+a new level. A limit follows from past norms only, but for `moment_ratio`, `percentile` with
+`with_current`, and what `zscore` makes of a norm that is too large.
 """
 
 from .base import Clock as Clock

@@ -43,9 +43,9 @@ def second_moment(
       decay: beta, in [0, 1).
       warmup: how many norms there must be before there is a limit; until then it is inf.
       floor: >= 0, what the limit is at least.
-      feed: "capped": n' = min(n, max(k, 10) sqrt(v^)), which lets sqrt(v) follow a lasting rise by
-        4.8 % per step at decay 0.999, and no spike lift it by more. "clipped": n' = min(n, tau),
-        the papers; k = 3 follows by 0.4 % per step. "raw": n' = n.
+      feed: "capped": n' = min(n, max(k, 10) sqrt(v^)): no spike lifts sqrt(v) by more than 4.8 %
+        at decay 0.999, and every step of a lasting rise does until it is within 10 of them.
+        "clipped": n' = min(n, tau), the papers; with k = 3, 0.4 % per step. "raw": n' = n.
 
     Returns:
       A threshold that remembers two numbers.

@@ -146,7 +146,7 @@ def adagc(
 
     Deviation from the paper: a zero norm is not learned (there it freezes the leaf for ever), and
     the patience: without it gamma grows by 0.1 % per step, so that a rise by 2 is clipped for 645
-    steps and one by 20 for 3000; with it for 100.
+    steps and one by 20 for some 2950; with it both for 100.
     """
     _check.choice(CONVENTIONS, convention=convention)
     _check.limit(max_norm=max_norm)

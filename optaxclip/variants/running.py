@@ -210,7 +210,7 @@ def clip_by_second_moment(
 
     Deviation from both: zero gradients are not learned and a coordinate without history has no
     limit, so that rare rows of an embedding are never frozen; "capped" instead of "clipped". After
-    a lasting rise by 20 it clips for 84 steps (with "clipped" for 475), after one by 1000 for 144.
+    a lasting rise by 20 it clips for 84 steps after one by 1000 for 144.
     """
     return adaptive(
         measure or element(),
