@@ -1,9 +1,11 @@
 """What a clipper adds to a training step: compile time and step time, beside Optax's own.
 
 The steps of all candidates run in turn, round after round, so that a busy machine slows them alike;
-the table gives medians, and ratios to the step without a clipper.
+the table gives medians, and ratios to the first line: the step without a clipper, or, for the
+adaptive ones on the whole tree, the step with a fixed limit.
 
     python benchmarks/overhead.py
+    python benchmarks/overhead.py --clippers adaptive
     python benchmarks/overhead.py --leaves 1200 --size 1000 --optimizer adamw --dtype bfloat16
 """
 
@@ -38,6 +40,22 @@ CLIPPERS: dict[str, tuple[Callable[[], Any], Callable[[], Any] | None]] = {
         lambda: optax.clip(1.0),
     ),
     "adaptive_grad_clip": (optaxclip.adaptive_grad_clip, lambda: optax.adaptive_grad_clip(0.01)),
+}
+
+
+# Limits of the norm of the whole tree; the first one is fixed, and what the others are compared with.
+TREE = optaxclip.measure.global_norm()
+ADAPTIVE: dict[str, Callable[[], Any]] = {
+    "clip_by_global_norm": optaxclip.clip_by_global_norm,
+    "clip_by_percentile": optaxclip.clip_by_percentile,
+    "autoclip": optaxclip.autoclip,
+    "clip_by_quantile": optaxclip.clip_by_quantile,
+    "zclip": optaxclip.zclip,
+    "clip_by_sigma": optaxclip.clip_by_sigma,
+    "clip_by_ema_ratio of the tree": lambda: optaxclip.clip_by_ema_ratio(measure=TREE),
+    "clip_by_norm_growth of the tree": lambda: optaxclip.clip_by_norm_growth(measure=TREE),
+    "clip_by_second_moment of the tree": lambda: optaxclip.clip_by_second_moment(measure=TREE),
+    "stabilize_gradients of the tree": lambda: optaxclip.stabilize_gradients(measure=TREE),
 }
 
 
@@ -77,19 +95,20 @@ def measure(candidates: list[Candidate], grads: list[jax.Array], rounds: int) ->
 
 
 def report(candidates: list[Candidate]) -> None:
-    """One line per candidate; ratios are medians over rounds of step / bare step."""
-    bare = candidates[0]
-    print(f"{'':40} {'compile s':>10} {'step ms':>10} {'/ bare':>8}")
+    """One line per candidate; ratios are medians over rounds of step / first candidate's step."""
+    first = candidates[0]
+    print(f"{'':40} {'compile s':>10} {'step ms':>10} {'/ first':>8}")
     for c in candidates:
         milliseconds = 1e3 * statistics.median(c.step_seconds)
-        ratios = [a / b for a, b in zip(c.step_seconds, bare.step_seconds, strict=True)]
+        ratios = [a / b for a, b in zip(c.step_seconds, first.step_seconds, strict=True)]
         ratio = statistics.median(ratios)
-        print(f"{c.name:40} {c.compile_seconds:10.2f} {milliseconds:10.2f} {ratio:8.2f}")
+        print(f"{c.name:40} {c.compile_seconds:10.2f} {milliseconds:10.2f} {ratio:8.3f}")
 
 
 def main() -> None:
     """Reads the options, measures, prints."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--clippers", choices=["fixed", "adaptive"], default="fixed")
     parser.add_argument("--leaves", type=int, default=148, help="in the tree (%(default)s)")
     parser.add_argument("--size", type=int, default=90_000, help="entries per leaf (%(default)s)")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd")
@@ -105,12 +124,15 @@ def main() -> None:
         f"optax {optax.__version__}"
     )
     optimizer = OPTIMIZERS[args.optimizer]
-    candidates = [prepare("bare", optimizer(), grads)]
-    for name, makers in CLIPPERS.items():
-        for library, make in zip(("optaxclip", "optax"), makers, strict=True):
-            if make is not None:
-                tx = optax.chain(make(), optimizer())
-                candidates.append(prepare(f"{library}: {name}", tx, grads))
+    chained = lambda make: optax.chain(make(), optimizer())
+    if args.clippers == "adaptive":
+        candidates = [prepare(name, chained(make), grads) for name, make in ADAPTIVE.items()]
+    else:
+        candidates = [prepare("bare", optimizer(), grads)]
+        for name, makers in CLIPPERS.items():
+            for library, make in zip(("optaxclip", "optax"), makers, strict=True):
+                if make is not None:
+                    candidates.append(prepare(f"{library}: {name}", chained(make), grads))
     measure(candidates, grads, args.rounds)
     report(candidates)
 

@@ -158,7 +158,7 @@ def _number(name: str, value: Any, allowed: str, holds: Callable[[Any], bool]) -
         _refuse(TypeError, name, repr(value), allowed)
     if array and value.shape != ():
         _refuse(ValueError, name, f"an array of shape {value.shape}", allowed)
-    if not isinstance(value, jax.Array) and not holds(value):
+    if not isinstance(value, jax.Array) and not holds(float(value)):
         _refuse(ValueError, name, repr(value), allowed)
 
 

@@ -63,8 +63,9 @@ def _where_jvp(
 
 
 def as_like(value: Any, x: jax.Array) -> Any:
-    """A hyperparameter that is an array, in the dtype of `x`; a Python number adapts by itself."""
-    return jnp.asarray(value, x.dtype) if hasattr(value, "dtype") else value
+    """A hyperparameter in the dtype of `x`, unless it is a Python number that adapts by itself."""
+    adapts = not hasattr(value, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)
+    return value if adapts else jnp.asarray(value, x.dtype)
 
 
 @jax.custom_jvp

@@ -33,8 +33,7 @@ class Moments(NamedTuple):
 
     mu: jax.Array  # like the leaf, float32
     nu: jax.Array  # like the leaf, float32
-    mu_weight: jax.Array  # () float32, 1 - b1^t after t gradients
-    nu_weight: jax.Array  # () float32, 1 - b2^t
+    seen: jax.Array  # () int32, gradients learned
 
 
 class StableAdamState(NamedTuple):
@@ -138,15 +137,16 @@ def scale_by_stable_adam(
 def _blank(place: Callable[..., Tree], leaf: jax.Array) -> Moments:
     mu = jnp.zeros_like(leaf, jax.eval_shape(widen, leaf).dtype)
     nu = jnp.zeros_like(leaf, jnp.finfo(mu.dtype).dtype)
-    weights = place([jnp.zeros((), jnp.float32) for _ in range(2)])
-    return Moments(*place([mu, nu], leaf), *weights)
+    mu, nu = place([mu, nu], leaf)
+    return Moments(mu, nu, place(jnp.zeros((), jnp.int32)))
 
 
 def _learned(grad: jax.Array, old: Moments, *, b1: Any, b2: Any) -> Moments:
-    mu_weight, nu_weight = weight(old.mu_weight, b1), weight(old.nu_weight, b2)
+    seen = optax.safe_increment(old.seen)
     # A share that shrinks from 1 to 1 - b makes of the running average the bias-corrected one.
-    mu_share = as_like(rate(b1), mu_weight) / mu_weight
-    nu_share = as_like(rate(b2), nu_weight) / nu_weight
-    mu = old.mu + mu_share.astype(old.nu.dtype) * (grad - old.mu)
-    nu = old.nu + nu_share.astype(old.nu.dtype) * (squared(grad) - old.nu)
-    return Moments(mu, nu, mu_weight, nu_weight)
+    mu_share, nu_share = (
+        as_like(rate(b), old.nu) / weight(seen, b, old.nu.dtype) for b in (b1, b2)
+    )
+    mu = old.mu + mu_share * (grad - old.mu)
+    nu = old.nu + nu_share * (squared(grad) - old.nu)
+    return Moments(mu, nu, seen)

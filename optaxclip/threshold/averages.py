@@ -30,6 +30,8 @@ def root_mean_square(old: jax.Array, new: jax.Array, decay: Any) -> jax.Array:
     return unit * jnp.sqrt(mean(jnp.square(old / unit), jnp.square(new / unit), decay))
 
 
-def weight(old: jax.Array, decay: Any) -> jax.Array:
-    """1 - decay^n after n averages from 0 on: what they are divided by to correct their bias."""
-    return mean(old, jnp.ones_like(old), decay)
+def weight(seen: jax.Array, decay: Any, dtype: Any = jnp.float32) -> jax.Array:
+    """1 - decay^t, what t averages from 0 on are divided by to correct their bias; 0 at t = 0."""
+    log = jnp.log1p(-as_like(rate(decay), jnp.zeros((), dtype)))
+    # Not 0 x -inf, which is NaN, where decay is 0.
+    return jnp.where(seen > 0, -jnp.expm1(jnp.maximum(seen, 1).astype(dtype) * log), 0)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from optaxclip import _check
 
@@ -14,12 +16,11 @@ from .base import Threshold, zeros_for
 
 
 class MomentRatioMemory(NamedTuple):
-    """Running first and second moment of the norms, and how much of each is history."""
+    """Running first and second moment of the norms, and how many are in them."""
 
     mean: jax.Array  # as the norm, float32, m
     root: jax.Array  # as the norm, float32, sqrt(v)
-    mean_weight: jax.Array  # as the norm, float32, 1 - gamma_1^t
-    root_weight: jax.Array  # as the norm, float32, 1 - gamma_2^t
+    seen: jax.Array  # as the norm, int32, t, norms learned
 
 
 def moment_ratio(
@@ -41,7 +42,7 @@ def moment_ratio(
         1 / (1 - gamma_2) steps.
 
     Returns:
-      A threshold that remembers four numbers.
+      A threshold that remembers three numbers.
 
     Raises:
       TypeError, ValueError: if an argument is not such.
@@ -64,19 +65,19 @@ def moment_ratio(
     _check.choice((True, False), bias_correction=bias_correction)
 
     def init(norm: Any) -> MomentRatioMemory:
-        return MomentRatioMemory(*(zeros_for(norm) for _ in range(4)))
+        return MomentRatioMemory(zeros_for(norm), zeros_for(norm), zeros_for(norm, jnp.int32))
 
     def update(norm: jax.Array, memory: MomentRatioMemory) -> tuple[jax.Array, MomentRatioMemory]:
         learned = MomentRatioMemory(
             averages.mean(memory.mean, norm, decay),
             averages.root_mean_square(memory.root, norm, norm_decay),
-            averages.weight(memory.mean_weight, decay),
-            averages.weight(memory.root_weight, norm_decay),
+            optax.safe_increment(memory.seen),
         )
         positive = learned.root > 0
         ratio = learned.mean / jnp.where(positive, learned.root, 1)
         if bias_correction:
-            ratio *= jnp.sqrt(learned.root_weight) / learned.mean_weight
+            weight = functools.partial(averages.weight, learned.seen, dtype=norm.dtype)
+            ratio *= jnp.sqrt(weight(norm_decay)) / weight(decay)
         return jnp.where(positive, ratio, 1), learned
 
     return Threshold(init, update)

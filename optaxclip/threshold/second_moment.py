@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from optaxclip import _check
 from optaxclip._numbers import as_like
@@ -18,10 +19,10 @@ CAP = 10  # deviations; see `feed`
 
 
 class SecondMomentMemory(NamedTuple):
-    """The root of the running mean square, and how much of it is history."""
+    """The root of the running mean square, and how many norms are in it."""
 
     root: jax.Array  # as the norm, float32, sqrt(v), which starts from 0 and is biased to it
-    weight: jax.Array  # as the norm, float32, 1 - decay^t; 0 where there is no history
+    seen: jax.Array  # as the norm, int32, t, norms learned
 
 
 def second_moment(
@@ -43,7 +44,7 @@ def second_moment(
       decay: beta, in [0, 1).
       warmup: how many norms there must be before there is a limit; until then it is inf.
       floor: >= 0, what the limit is at least.
-      feed: "capped": n' = min(n, max(k, 10) sqrt(v^)): no spike lifts sqrt(v) by more than 4.8 %
+      feed: "capped": n' = min(n, max(tau, 10 sqrt(v^))): no spike lifts sqrt(v) by more than 4.8 %
         at decay 0.999, and every step of a lasting rise does until it is within 10 of them.
         "clipped": n' = min(n, tau), the papers; with k = 3, 0.4 % per step. "raw": n' = n.
 
@@ -74,13 +75,14 @@ def second_moment(
     _check.choice(FEEDS, feed=feed)
 
     def init(norm: Any) -> SecondMomentMemory:
-        return SecondMomentMemory(zeros_for(norm), zeros_for(norm))
+        return SecondMomentMemory(zeros_for(norm), zeros_for(norm, jnp.int32))
 
     def update(norm: jax.Array, memory: SecondMomentMemory) -> tuple[jax.Array, SecondMomentMemory]:
-        known = memory.weight > 0
-        deviation = memory.root * jax.lax.rsqrt(jnp.where(known, memory.weight, 1))
+        known = memory.seen > 0
+        weight = averages.weight(memory.seen, decay, norm.dtype)
+        deviation = memory.root * jax.lax.rsqrt(jnp.where(known, weight, 1))
         allowed = jnp.maximum(as_like(k, norm) * deviation, as_like(floor, norm))
-        limit = jnp.where(_reached(memory.weight, warmup, decay), allowed, jnp.inf)
+        limit = jnp.where(memory.seen >= as_like(warmup, memory.seen), allowed, jnp.inf)
         n = norm
         if feed == "clipped":
             n = jnp.minimum(norm, limit)
@@ -89,13 +91,8 @@ def second_moment(
             n = jnp.where(known, jnp.minimum(norm, cap), norm)
         learned = SecondMomentMemory(
             averages.root_mean_square(memory.root, n, decay),
-            averages.weight(memory.weight, decay),
+            optax.safe_increment(memory.seen),
         )
         return limit, learned
 
     return Threshold(init, update)
-
-
-def _reached(weight: jax.Array, steps: Any, decay: Any) -> jax.Array:
-    """Whether 1 - decay^t is that of `steps` norms, half a norm less for rounding."""
-    return weight >= 1 - as_like(decay, weight) ** (as_like(steps, weight) - 0.5)

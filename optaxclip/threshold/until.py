@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip import _check
+from optaxclip._numbers import as_like
 
 from .base import Clock, Memory, Threshold, started, ticked
 
@@ -58,7 +59,7 @@ def until(steps: int | jax.Array, first: Threshold, then: Threshold) -> Threshol
     def update(norm: jax.Array, memory: UntilMemory) -> tuple[jax.Array, UntilMemory]:
         early, first_memory = first.update(norm, memory.first)
         late, then_memory = then.update(norm, memory.then)
-        limit = jnp.where(memory.clock.step < steps, early, late)
+        limit = jnp.where(memory.clock.step < as_like(steps, memory.clock.step), early, late)
         return limit, UntilMemory(ticked(memory.clock), first_memory, then_memory)
 
     return Threshold(init, update)

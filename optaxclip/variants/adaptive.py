@@ -27,6 +27,7 @@ PATIENCE = 25
 WINDOW: Final[Any] = np.int64(1000)
 SHORT_WINDOW: Final[Any] = np.int64(128)
 WARMUP: Final[Any] = np.int64(25)
+NEVER: Final[Any] = np.float32(np.inf)  # traced, this patience would cost the memory of one
 SHORT_WARMUP: Final[Any] = np.int64(10)  # where a few will do, the smallest one being taken
 
 # How often chance may make a run of norms above a quantile that long: once in so many steps.
@@ -50,7 +51,7 @@ def adaptive(
     It is never so impatient that the new level would be left without a limit: `warmup` is how many
     norms the threshold needs for one.
     """
-    if not (isinstance(patience, float) and patience == math.inf):
+    if isinstance(patience, jax.Array) or patience != math.inf:
         _check.steps(patience=patience)
         known = not any(isinstance(x, jax.Array) for x in (patience, warmup))
         longer = max(patience, warmup) if known else jnp.maximum(patience, warmup)

@@ -19,7 +19,7 @@ from optaxclip._clip import TOO_LARGE, clip
 from optaxclip.measure import Measure, global_norm, leaf_norm
 from optaxclip.measure.arithmetic import in_range
 
-from .adaptive import PATIENCE, SHORT_WARMUP, Limit, Patience, adaptive
+from .adaptive import NEVER, PATIENCE, SHORT_WARMUP, Limit, Patience, adaptive
 
 CONVENTIONS = ("paper", "paddle")
 
@@ -121,7 +121,8 @@ def adagc(
         never, as in the paper.
       measure: what a norm is of after the warm-up; None: each leaf.
       min_norm: the least limit after the warm-up: a number, a () array or a schedule.
-      nonfinite: policy for groups whose norm is not finite.
+      nonfinite: policy for groups whose norm is not finite: of both clips, so that in the order of
+        the paper one bad leaf makes a bad tree, after the warm-up too.
       record: whether to keep metrics.
 
     Returns:
@@ -183,7 +184,7 @@ def clip_by_norm_growth(
     max_growth: float | jax.Array = 1.01,
     *,
     floor: float | jax.Array = 0.0,
-    patience: Patience = math.inf,
+    patience: Patience = NEVER,
     measure: Measure | None = None,
     max_norm: Limit = math.inf,
     nonfinite: str = "zero",

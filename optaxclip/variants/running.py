@@ -15,7 +15,16 @@ import optax
 from optaxclip import _check, threshold
 from optaxclip.measure import Measure, element, global_norm
 
-from .adaptive import PATIENCE, SHORT_WARMUP, WARMUP, Limit, Patience, adaptive, patience_with
+from .adaptive import (
+    NEVER,
+    PATIENCE,
+    SHORT_WARMUP,
+    WARMUP,
+    Limit,
+    Patience,
+    adaptive,
+    patience_with,
+)
 
 
 def clip_by_quantile(
@@ -163,7 +172,7 @@ def clip_by_second_moment(
     warmup: int | jax.Array = 20,
     floor: float | jax.Array = 0.0,
     feed: str = "capped",
-    patience: Patience = math.inf,
+    patience: Patience = NEVER,
     measure: Measure | None = None,
     max_norm: Limit = math.inf,
     nonfinite: str = "zero",

@@ -212,7 +212,7 @@ def clip_by_sigma(
       Levanter's `clip_update_by_historical_norm` (Apache-2.0): k = 3, L = 128.
 
     Deviation from Levanter, which is threshold.sigma(3.0, feed="raw", min_history=64,
-    start="mean", min_sigma=0.0): see there for each, and the patience.
+    start="mean", min_sigma=0.0) but for the 1e-6 that sigma is at least there; and the patience.
     """
     return adaptive(
         measure or global_norm(),
