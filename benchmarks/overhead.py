@@ -43,19 +43,22 @@ CLIPPERS: dict[str, tuple[Callable[[], Any], Callable[[], Any] | None]] = {
 }
 
 
-# Limits of the norm of the whole tree; the first one is fixed, and what the others are compared with.
-TREE = optaxclip.measure.global_norm()
+# Limits of the norm of the whole tree; the first is fixed, and the others are compared with it. All
+# have the same ceiling, so that all clip, and do the same work on the gradients.
+WHOLE = {"measure": optaxclip.measure.global_norm(), "max_norm": 1.0}
 ADAPTIVE: dict[str, Callable[[], Any]] = {
     "clip_by_global_norm": optaxclip.clip_by_global_norm,
-    "clip_by_percentile": optaxclip.clip_by_percentile,
-    "autoclip": optaxclip.autoclip,
-    "clip_by_quantile": optaxclip.clip_by_quantile,
-    "zclip": optaxclip.zclip,
-    "clip_by_sigma": optaxclip.clip_by_sigma,
-    "clip_by_ema_ratio of the tree": lambda: optaxclip.clip_by_ema_ratio(measure=TREE),
-    "clip_by_norm_growth of the tree": lambda: optaxclip.clip_by_norm_growth(measure=TREE),
-    "clip_by_second_moment of the tree": lambda: optaxclip.clip_by_second_moment(measure=TREE),
-    "stabilize_gradients of the tree": lambda: optaxclip.stabilize_gradients(measure=TREE),
+    "clip_by_percentile": lambda: optaxclip.clip_by_percentile(**WHOLE),
+    "autoclip": lambda: optaxclip.autoclip(**WHOLE),
+    "clip_by_quantile": lambda: optaxclip.clip_by_quantile(**WHOLE),
+    "zclip": lambda: optaxclip.zclip(**WHOLE),
+    "clip_by_sigma": lambda: optaxclip.clip_by_sigma(**WHOLE),
+    "clip_by_ema_ratio of the tree": lambda: optaxclip.clip_by_ema_ratio(**WHOLE),
+    "clip_by_norm_growth of the tree": lambda: optaxclip.clip_by_norm_growth(**WHOLE),
+    "clip_by_second_moment of the tree": lambda: optaxclip.clip_by_second_moment(**WHOLE),
+    "stabilize_gradients of the tree": lambda: optaxclip.stabilize_gradients(
+        measure=WHOLE["measure"]
+    ),
 }
 
 
