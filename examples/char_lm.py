@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _plots import Curves, draw
 from _text import Text, read_text
 from flax import linen as nn
 from flax.training.train_state import TrainState
@@ -62,7 +63,7 @@ CLIPPERS = {
     "adagc": Clipper(optaxclip.adagc, 1.05, "leaf norms"),
     "norm_growth": Clipper(optaxclip.clip_by_norm_growth, 1.01, "leaf norms"),
     "second_moment": Clipper(optaxclip.clip_by_second_moment, 3.0, "entries"),
-    "stabilize": Clipper(optaxclip.stabilize_gradients, 0.6, "leaf norms, and sets them"),
+    "stabilize": Clipper(optaxclip.stabilize_gradients, 0.6, "leaf norms; sets steps to lr"),
 }
 
 
@@ -97,8 +98,7 @@ def zero_carry(streams: int) -> Any:
 @functools.partial(jax.jit, static_argnames="model")
 def parameters(model: CharLSTM, seed: int) -> Any:
     """What training starts from, the same for every clipper."""
-    text = jnp.zeros((STREAMS, CHUNK), jnp.int32)
-    return model.init(jax.random.key(seed), zero_carry(STREAMS), text)
+    return model.init(jax.random.key(seed), zero_carry(1), jnp.zeros((1, 1), jnp.int32))
 
 
 def optimizer(name: str, lr: float) -> optax.GradientTransformation:
@@ -184,45 +184,70 @@ def train(state: State, seed: int, text: Text, steps: int, advance: Callable[...
 
 
 def table(results: dict[str, list[Run]]) -> Table:
-    """The clippers side by side: means over the seeds, the range of the losses, largest norms."""
-    out = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for heading in ("clipper", "limit", "measures"):
-        out.add_column(heading, no_wrap=heading != "measures")
-    for heading in ("validation\nbits/char", "steps\nclipped", "largest\nnorm", "seconds"):
+    """The clippers side by side; each row is about all seeds."""
+    steps = max(len(run.history["norm"]) for runs in results.values() for run in runs)
+    out = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    out.add_column("clipper", no_wrap=True)
+    out.add_column("limit", no_wrap=True)
+    out.add_column("measures")
+    headings = ("validation\nbits/char", f"clipped\nof {steps}", "largest\nnorm", "seconds")
+    for heading in headings:
         out.add_column(heading, justify="right", no_wrap=True)
     for name, runs in results.items():
         clipper, threshold = parse_clipper(name)
         out.add_row(
             name,
-            f"{clipper.limit}",
+            f"fixed {threshold:g}" if clipper.limit == "fixed" else clipper.limit,
             clipper.measures,
             bits(runs),
-            f"{np.mean([run.clipped_steps for run in runs]):.3g}",
-            f"{np.max([run.history['norm'] for run in runs]):.3g}",
+            f"{np.mean([run.clipped_steps for run in runs]):g}",
+            f"{max(run.history['norm'].max() for run in runs):.2g}",
             f"{sum(run.seconds for run in runs):.1f}",
         )
     return out
 
 
 def bits(runs: list[Run]) -> str:
-    """The losses on validation text, in few words."""
+    """The losses on validation text: their mean over the seeds, and their range."""
     diverged = sum(run.diverged for run in runs)
     if diverged:
         return f"{diverged} of {len(runs)} diverged"
     found = [run.valid_bits for run in runs]
+    if len(found) == 1:
+        return f"{found[0]:.2f}"
     return f"{np.mean(found):.2f} ({min(found):.2f}-{max(found):.2f})"
+
+
+def columns(results: dict[str, list[Run]]) -> dict[str, list[Curves]]:
+    """The clippers as the picture shows them: by kind of limit, below those without."""
+    kinds = {name: parse_clipper(name)[0].limit for name in results}
+    headings = {"fixed": "limits that are given", "adaptive": "limits that follow the norms"}
+    shown = [kind for kind in headings if kind in kinds.values()] or ["fixed"]
+    return {
+        headings[kind]: [
+            curves(name, results[name]) for name in kinds if kinds[name] in ("none", kind)
+        ]
+        for kind in shown
+    }
+
+
+def curves(name: str, runs: list[Run]) -> Curves:
+    """The runs of a clipper, and in words what the picture shows of the first one."""
+    measures = parse_clipper(name)[0].measures
+    caption = f"{name}: clipped {runs[0].clipped_steps} steps (measured: {measures})"
+    return Curves(name, caption, [run.history for run in runs])
 
 
 def write_csv(results: dict[str, list[Run]], path: Path) -> None:
     """One line per clipper, seed and step."""
-    columns = ["loss_bits", "norm", "clipped_norm", "limit", "factor", "clipped"]
-    columns += ["clipped_steps", "nonfinite_steps"]
+    fields = ["loss_bits", "norm", "clipped_norm", "limit", "factor", "clipped"]
+    fields += ["clipped_steps", "nonfinite_steps"]
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["clipper", "seed", "step", *columns])
+        writer.writerow(["clipper", "seed", "step", *fields])
         for name, runs in results.items():
             for run in runs:
-                lines = zip(*(run.history[column].tolist() for column in columns), strict=True)
+                lines = zip(*(run.history[field].tolist() for field in fields), strict=True)
                 writer.writerows([name, run.seed, i, *line] for i, line in enumerate(lines, 1))
 
 
@@ -259,11 +284,13 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=300, help="training steps (%(default)s)")
     parser.add_argument("--lr", type=float, default=4.0, help="learning rate (%(default)s)")
-    parser.add_argument("--seeds", type=seed_list, default="0,1", help="of parameters (%(default)s)")
+    parser.add_argument(
+        "--seeds", type=seed_list, default="0,1", help="of parameters (%(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=Path("out/char_lm"), help="folder of the files")
     parser.add_argument(
         "--clippers", type=clipper_list,
-        default="none,value,norm,global_norm,percentile,zclip,adagc",
+        default="none,value,norm,global_norm,quantile,zclip,adagc",
         help=f"out of {', '.join(CLIPPERS)}, each with =threshold if wanted (%(default)s)",
     )  # fmt: skip
     args = parser.parse_args()
@@ -279,12 +306,12 @@ def main() -> None:
     console.print(text.about, highlight=False)
     model = CharLSTM(text.vocabulary)
     begin = functools.partial(State.create, apply_fn=model.apply, carry=zero_carry(STREAMS))
-    columns = (
+    progress_columns = (
         TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(),
         TextColumn("steps, loss {task.fields[loss]} bits/char"), TimeElapsedColumn(),
     )  # fmt: skip
     results = {}
-    with Progress(*columns, console=console) as progress:
+    with Progress(*progress_columns, console=console) as progress:
         for name in args.clippers:
             tx = optimizer(name, args.lr)  # one for all seeds, and so one compiled program
             task = progress.add_task(name, total=args.steps * len(args.seeds), loss="-")
@@ -295,7 +322,13 @@ def main() -> None:
             ]
     console.print(table(results))
     args.out.mkdir(parents=True, exist_ok=True)
-    write_csv(results, args.out / "metrics.csv")
+    picture, metrics = args.out / "char_lm.png", args.out / "metrics.csv"
+    write_csv(results, metrics)
+    first, *others = map(str, args.seeds)
+    title = f"Character-level LSTM, SGD with momentum, learning rate {args.lr:g}, seed {first}"
+    title += f" (losses also: {', '.join(others)})" if others else ""
+    draw(columns(results), text.unigram_bits, title, picture)
+    console.print(f"wrote {picture} and {metrics}", soft_wrap=True)
 
 
 if __name__ == "__main__":
