@@ -24,7 +24,7 @@ demo: venv ## train a small character model, with and without clipping
 	$(BIN)/python examples/char_lm.py $(ARGS)
 
 test: lint ## everything a change must pass: lint, types, tests, doctests, README, examples
-	$(BIN)/python -m pytest -q --durations=10 $(ARGS)
+	$(BIN)/python -m pytest -q -n auto --dist worksteal --durations=10 $(ARGS)
 
 lint: venv ## check style, formatting and types
 	$(BIN)/ruff check .
