@@ -92,6 +92,27 @@ def test_clock_saturates():
     assert int(memory.step) == last
 
 
+def test_a_norm_at_the_boundary_is_not_above_it():
+    """A norm equal to the quantile's estimate, or to mu + z* sigma, counts as below."""
+    tracker = threshold.quantile(0.5, rate=0.2, initial=1.0, margin=0.0)
+    outliers = threshold.zscore(1.0, warmup=2, mode="mean", start="mean", min_sigma=0.0)
+
+    below, _ = limits(tracker, jnp.ones(2))
+    at_boundary, _ = limits(outliers, jnp.float32([1.0, 3.0, 3.0]))  # mean 2, deviation 1
+
+    np.testing.assert_allclose(below, np.exp([0.0, -0.1]), 1e-6)
+    assert at_boundary[-1] == 3.0
+
+
+def test_the_ceiling_wins_over_the_floor():
+    """Where a traced floor is above the ceiling, the limit is the ceiling."""
+    both = threshold.bounded(
+        threshold.constant(1.0), min_norm=jnp.float32(3), max_norm=jnp.float32(2)
+    )
+
+    assert limits(both, jnp.ones(1))[0] == 2.0
+
+
 # ---------------------------------------------------------------------------------- memories
 
 SCHEDULE = lambda step: 1.0 + step.astype(jnp.float32)
