@@ -57,10 +57,11 @@ def draw(columns: dict[str, list[Curves]], baseline: float, title: str, path: Pa
         top.set(title=heading, ylabel="training loss\n(bits per character)", yscale="log")
         top.yaxis.set(major_locator=LogLocator(subs=(1, 2, 3, 5)), major_formatter="{x:g}")
         top.yaxis.set(minor_locator=NullLocator())
-        top.legend(ncols=2)
+        top.legend(ncols=3, fontsize=9)
+    grid[0, 0].set_ylim(top=1.6 * grid[0, 0].get_ylim()[1])  # room for the legends
     marks = [
-        Line2D([], [], color=COLOURS[0], label="norm before clipping"),
-        Line2D([], [], color=LIMIT, linestyle="--", label="limit"),
+        Line2D([], [], color=COLOURS[0], label="largest norm before clipping"),
+        Line2D([], [], color=LIMIT, linestyle="--", label="smallest limit"),
         Line2D([], [], color=TICK, linestyle="", marker="|", label="clipped step"),
     ]
     figure.legend(handles=marks, loc="outside lower center", ncols=3)
@@ -89,4 +90,4 @@ def draw_norm(axes: Axes, history: History, colour: str) -> None:
     axes.plot(steps, limit, "--", color=LIMIT)
     clipped = steps[history["clipped"] > 0]
     axes.vlines(clipped, 0.0, 0.16, transform=axes.get_xaxis_transform(), color=TICK)
-    axes.set(yscale="log", ylabel="gradient\nnorm")
+    axes.set(yscale="log", ylabel="norm")

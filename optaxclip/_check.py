@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+MOST_STEPS = 2**31 - 1  # steps are counted in int32
+
 
 def limit(**named: Any) -> None:
     """Accepts what can limit a norm: a number >= 0, inf included, a () array or a schedule."""
@@ -30,9 +32,10 @@ def limit(**named: Any) -> None:
 def positive(**named: Any) -> None:
     """Accepts a finite number > 0 that float32 holds, or a () array."""
     tiny = float(np.finfo(np.float32).tiny)
+    most = float(np.finfo(np.float32).max)
     allowed = f"a finite number >= {tiny:.2g} or a () array"
     for name, value in named.items():
-        _number(name, value, allowed, lambda x: tiny <= x < math.inf)
+        _number(name, value, allowed, lambda x: tiny <= x <= most)
 
 
 def number(*, at_least: float = 0, **named: Any) -> None:
@@ -106,7 +109,14 @@ def steps(**named: Any) -> None:
     """Accepts a whole number of steps >= 1 or a () array."""
     for name, value in named.items():
         allowed = "a whole number of steps >= 1 or a () array"
-        _number(name, value, allowed, lambda x: 1 <= x < math.inf and x == int(x))
+        _number(name, value, allowed, lambda x: 1 <= x <= MOST_STEPS and x == int(x))
+
+
+def patience(**named: Any) -> None:
+    """Accepts what `steps` does, and inf for never."""
+    for name, value in named.items():
+        if not (isinstance(value, float | np.floating) and value == math.inf):
+            steps(**{name: value})
 
 
 def choice(allowed: Collection[Any], **named: Any) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from . import _check
-from ._numbers import part, sanitized, where, widen
+from ._numbers import leading, part, sanitized, where, widen
 from ._place import abstract_norms, beside
 from .measure import Measure
 from .measure.arithmetic import in_range
@@ -116,10 +116,12 @@ def clip(
         for i, (norm, ok) in enumerate(zip(norms, jax.tree.leaves(finite), strict=True)):
             limit, memories[i] = _limited(threshold, norm, ok, memories[i])
             groups.append(_scaled(scale, norm, ok, limit, nonfinite))
-        factors = measure.spread(treedef.unflatten([group.factor for group in groups]), grads)
-        updates = _multiplied(grads, factors, scale, nonfinite)
+        spread = lambda parts: measure.spread(treedef.unflatten(parts), grads)
+        factors = spread([group.factor for group in groups])
+        bad = spread([~jnp.isfinite(group.norm) for group in groups])
+        updates = _multiplied(grads, factors, bad, scale, nonfinite)
         metrics = None if state.metrics is None else observe(state.metrics, groups)
-        memory = state.memory if state.memory == () else treedef.unflatten(memories)
+        memory = treedef.unflatten(memories) if jax.tree.leaves(state.memory) else ()
         return updates, ClipState(memory, metrics)
 
     def update(grads: Tree, state: ClipState, params: Tree = None) -> tuple[Tree, ClipState]:
@@ -144,13 +146,20 @@ def _blank(threshold: Threshold, norm: jax.ShapeDtypeStruct) -> Tree:
 
 def _apart(memory: Tree, treedef: Any, norms: list[jax.Array], threshold: Threshold) -> list[Tree]:
     """One memory per array of norms."""
-    if memory == ():
+    if not jax.tree.leaves(memory):
         return [threshold.init(norm) for norm in norms]
     try:
         memories: list[Tree] = treedef.flatten_up_to(memory)
     except ValueError as error:
         message = f"these gradients have other float leaves than the params given to init: {error}"
         raise ValueError(message) from None
+    for norm, own in zip(norms, memories, strict=True):
+        for x in jax.tree.leaves(own, is_leaf=_is_clock):
+            if not _is_clock(x) and x.shape[x.ndim - norm.ndim :] != norm.shape:
+                raise ValueError(
+                    f"these gradients have norms of shape {norm.shape}, those of the params given "
+                    f"to init had {x.shape[x.ndim - norm.ndim :]}"
+                )
     return memories
 
 
@@ -176,17 +185,20 @@ def _limited(
         return limit.astype(norm.dtype), memory
     size = norm.astype(jnp.float32)  # as all memories are
     telling = finite & (size > 0) & (size < TOO_LARGE)
-    limit, learned = threshold.update(jnp.where(telling, size, 0), memory)
+    shown = jnp.where(jnp.isfinite(size), jnp.minimum(size, TOO_LARGE), 0)
+    limit, learned = threshold.update(shown, memory)
     # Where there is no limit yet, for lack of a past, that is no licence for such a norm.
     limit = jnp.where((size >= TOO_LARGE) & (limit == jnp.inf), 0, limit)
+    # A float64 norm is not above a limit for what rounding it took away.
+    wide = limit.astype(norm.dtype)
+    wide = jnp.where(size <= limit, jnp.maximum(wide, norm), wide)
 
     def kept(new: Any, old: Any) -> Any:
         if _is_clock(new):
             return new
-        mask = telling.reshape((1,) * (new.ndim - telling.ndim) + telling.shape)
-        return jnp.where(mask, new.astype(old.dtype), old)
+        return jnp.where(leading(telling, new), new.astype(old.dtype), old)
 
-    return limit.astype(norm.dtype), jax.tree.map(kept, learned, memory, is_leaf=_is_clock)
+    return wide, jax.tree.map(kept, learned, memory, is_leaf=_is_clock)
 
 
 def _remembers_norms(memory: Tree) -> bool:
@@ -209,22 +221,23 @@ def _scaled(
     return Groups(norm, norm_or_1 * factor, limit, factor, finite)
 
 
-def _multiplied(grads: Tree, factors: Tree, scale: Scale, nonfinite: str) -> Tree:
+def _multiplied(grads: Tree, factors: Tree, bad: Tree, scale: Scale, nonfinite: str) -> Tree:
     cast = getattr(scale, "cast", lambda x, dtype: x.astype(dtype))
 
-    def multiplied(grad: jax.Array, factor: jax.Array) -> jax.Array:
+    def multiplied(grad: jax.Array, factor: jax.Array, bad: jax.Array) -> jax.Array:
         # Where each entry has a factor of its own, XLA would write them all to memory if they were
-        # used twice. Elsewhere, factors tell bad groups by one number, and no mask of the entries
-        # is needed: it costs a sixth of a step.
+        # used twice. Elsewhere, a mask of the entries would cost a sixth of a step, and one number
+        # per group says which are bad.
         single = factor.shape == grad.shape
         if nonfinite == "sanitize" or (nonfinite == "zero" and single):
             grad = sanitized(grad)
         x = widen(grad)
         y = x * factor.astype(x.dtype)
         if nonfinite == "zero" and not single:
-            y = jnp.where(factor == 0, jnp.zeros_like(y), y)  # 0 x inf is NaN
+            y = jnp.where(bad, jnp.zeros_like(y), y)  # 0 x inf is NaN
         rounded = y if y.dtype == grad.dtype else cast(y, grad.dtype)
         # Not y alone: XLA:CPU flushes subnormal numbers in a multiplication by 1.
         return where(y == x if single else factor == 1, grad, rounded)
 
-    return jax.tree.map(multiplied, grads, jax.tree.broadcast(factors, grads))
+    each = functools.partial(jax.tree.broadcast, full_tree=grads)
+    return jax.tree.map(multiplied, grads, each(factors), each(bad))

@@ -62,6 +62,17 @@ def _where_jvp(
     return where(*primals), jnp.where(primals[0], tangents[1], tangents[2])
 
 
+def where_positive(fun: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """fun(x), with derivative 0 instead of infinity at 0; NaN stays NaN."""
+    positive = x > 0
+    return jnp.where(positive, fun(jnp.where(positive, x, 1)), x)
+
+
+def leading(mask: jax.Array, x: jax.Array) -> jax.Array:
+    """A mask of groups, with axes in front for those that `x` has there."""
+    return mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
+
+
 def as_like(value: Any, x: jax.Array) -> Any:
     """A hyperparameter in the dtype of `x`, unless it is a Python number that adapts by itself."""
     adapts = not hasattr(value, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)

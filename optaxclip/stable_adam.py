@@ -17,7 +17,7 @@ import optax
 
 from . import _check
 from ._clip import clip
-from ._numbers import as_like, part, sanitized, widen
+from ._numbers import as_like, part, where_positive, widen
 from ._place import beside
 from .measure import Measure, leaf_rms
 from .measure.arithmetic import squared
@@ -92,10 +92,16 @@ def scale_by_stable_adam(
     _check.positive(eps=eps)
     _check.limit(max_rms=max_rms)
     rms = leaf_rms()
-    # It multiplies the direction by what was measured of another tree, which comes in the place of
-    # the parameters.
-    given = Measure(lambda direction, norms: norms, rms.spread, sums=False)
-    limiter = clip(given, constant(max_rms), nonfinite=nonfinite, record=record)
+
+    def size(direction: Tree, surprise: Tree) -> Tree:
+        """The RMS of g / sqrt(v), which comes in the place of the parameters."""
+        # Under "sanitize", an entry that is bad in the one has been set to 0 in the other.
+        gone = lambda d, s: jnp.where(jnp.isfinite(d) & ~jnp.isfinite(s), jnp.zeros_like(s), s)
+        return rms.norms(jax.tree.map(gone, direction, surprise), None)
+
+    # Its squares stay in range: v knows g, so the quotient is at most 1 / sqrt(1 - b2).
+    measure = Measure(size, rms.spread, sums=False)
+    limiter = clip(measure, constant(max_rms), nonfinite=nonfinite, record=record)
 
     def init(params: Tree) -> StableAdamState:
         floats, _ = part(params)
@@ -104,24 +110,20 @@ def scale_by_stable_adam(
 
     @functools.partial(jax.jit, inline=True)
     def step(grads: Tree, state: StableAdamState) -> tuple[Tree, StableAdamState]:
-        wide = jax.tree.map(sanitized if nonfinite == "sanitize" else jnp.asarray, grads)
-        wide = jax.tree.map(widen, wide)
+        wide = jax.tree.map(widen, grads)
         learned = jax.tree.map(functools.partial(_learned, b1=b1, b2=b2), wide, state.moments)
-        root = jax.tree.map(lambda g, m: jnp.sqrt(m.nu), wide, learned)
+        root = jax.tree.map(lambda g, m: where_positive(jnp.sqrt, m.nu), wide, learned)
         floor = lambda r: as_like(eps, r)
         # A square that overflows would make the quotient 0, and its moments the ones to keep.
         lost = lambda r: jnp.where(jnp.isfinite(r), jnp.maximum(r, floor(r)), jnp.nan)
-        surprise = jax.tree.map(lambda g, r: g / lost(r), wide, root)
-        # Their squares stay in range: v knows g, so the quotient is at most 1 / sqrt(1 - b2).
-        norms = rms.norms(surprise, None)
-
+        surprise = jax.tree.map(lambda g, r: g / lost(r).astype(g.dtype), wide, root)
         direction = jax.tree.map(
-            lambda g, m, r: (m.mu / (r + floor(r))).astype(g.dtype), grads, learned, root
+            lambda g, m, r: m.mu / (r + floor(r)).astype(m.mu.dtype), grads, learned, root
         )
-        updates, clip_state = limiter.update(direction, state.clip, norms)
-        finite = rms.spread(jnp.isfinite(norms), wide)
-        kept = lambda ok, new, old: jax.tree.map(functools.partial(jnp.where, ok), new, old)
-        moments = jax.tree.map(kept, finite, learned, state.moments)
+        updates, clip_state = limiter.update(direction, state.clip, surprise)
+        kept = functools.partial(_kept, whole_leaf=nonfinite != "sanitize")
+        moments = jax.tree.map(kept, surprise, learned, state.moments)
+        updates = jax.tree.map(lambda g, u: u.astype(g.dtype), grads, updates)
         return updates, StableAdamState(moments, clip_state)
 
     def update(
@@ -147,6 +149,15 @@ def _learned(grad: jax.Array, old: Moments, *, b1: Any, b2: Any) -> Moments:
     mu_share, nu_share = (
         as_like(rate(b), old.nu) / weight(seen, b, old.nu.dtype) for b in (b1, b2)
     )
-    mu = old.mu + mu_share * (grad - old.mu)
+    mu = old.mu + mu_share.astype(old.mu.dtype) * (grad - old.mu)
     nu = old.nu + nu_share * (squared(grad) - old.nu)
     return Moments(mu, nu, seen)
+
+
+def _kept(surprise: jax.Array, new: Moments, old: Moments, *, whole_leaf: bool) -> Moments:
+    """The old moments where the gradient is not finite: of the leaf, or of its bad entries."""
+    finite = jnp.isfinite(surprise)
+    learns = jnp.all(finite)
+    here = learns if whole_leaf else finite
+    seen = jnp.where(learns, new.seen, old.seen) if whole_leaf else new.seen
+    return Moments(jnp.where(here, new.mu, old.mu), jnp.where(here, new.nu, old.nu), seen)

@@ -359,3 +359,70 @@ def test_state_dtypes_do_not_change(name, x64):
         wide = {jnp.dtype("float64")} if x64 and name == "scale_by_stable_adam" else set()
         memories = {jnp.dtype("float32"), jnp.dtype("int32")} | wide
         assert {x.dtype for x in learned(before)} <= memories
+
+
+@every_variant
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
+def test_injected_hyperparameters(name, dtype):
+    """optax.inject_hyperparams changes nothing, and a decay that bfloat16 rounds to 1 no sense."""
+    make = ADAPTIVE[name].make
+    norms = jnp.full(40, LEVEL)
+
+    def last(tx):
+        def step(state, norm):
+            grads = jax.tree.map(lambda x: x.astype(dtype), grads_of(norm))
+            updates, state = tx.update(grads, state, grads)
+            return state, updates
+
+        state = tx.init(jax.tree.map(lambda x: x.astype(dtype), grads_of(1.0)))
+        return jax.tree.map(lambda x: x[-1], jax.lax.scan(step, state, norms)[1])
+
+    plain = jax.jit(functools.partial(last, make()))()
+    injected = jax.jit(functools.partial(last, optax.inject_hyperparams(make)()))()
+
+    # Averages of a constant norm are that norm, whatever their decay is rounded to.
+    tolerance = 1e-5 if dtype == jnp.float32 else 2.0**-7
+    trees.assert_close(trees.float64(injected), trees.float64(plain), tolerance)
+
+
+@every_variant
+def test_derivatives_are_finite(name):
+    """Derivatives through forty updates are finite, by the norms and by the threshold."""
+    make = ADAPTIVE[name].make
+    first = next(iter(inspect.signature(make).parameters.values())).default
+    norms = jnp.full(40, LEVEL).at[35].set(10 * LEVEL)  # deviations of 0, then a spike
+
+    def total(value, size):
+        tx = make(value)
+
+        def step(state, norm):
+            updates, state = tx.update(grads_of(size * norm), state)
+            return state, sum(jnp.sum(jnp.abs(x)) for x in jax.tree.leaves(updates))
+
+        return jnp.sum(jax.lax.scan(step, tx.init(grads_of(1.0)), norms)[1])
+
+    slopes = jax.jit(jax.grad(total, argnums=(0, 1)))(jnp.float32(first), jnp.float32(1))
+
+    assert np.isfinite(slopes).all()
+
+
+@every_clip
+def test_sanitized_gradients_have_the_limit_of_a_good_step(name):
+    """With nonfinite="sanitize", a bad entry changes no limit, and teaches nothing."""
+    norms = jnp.float32(noisy()[:140])
+    tx = ADAPTIVE[name].make(nonfinite="sanitize")
+    good = grads_of(20 * LEVEL)
+    bad = {
+        **good,
+        "w": jnp.asarray(good["w"]).at[1].set(jnp.nan),
+    }  # a zero entry, so the norm is the same
+
+    def step(state, norm):
+        return tx.update(grads_of(norm), state)[1], None
+
+    state = jax.jit(lambda: jax.lax.scan(step, tx.init(grads_of(1.0)), norms)[0])()
+    update = jax.jit(tx.update)
+    (expected, _), (updates, after) = update(good, state), update(bad, state)
+
+    trees.assert_same_bits(updates, expected)
+    assert sum(int(x) for k, x in oc.metrics(after).items() if "nonfinite" in k) >= 1

@@ -1,40 +1,71 @@
 """Every example and benchmark runs as a user runs it, in a short mode."""
 
 import csv
+import importlib
+import inspect
+import itertools
+import os
 import pathlib
 import subprocess
 import sys
 
 import numpy as np
+import pytest
+
+import optaxclip
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def run(name, *arguments):
+def run(name, *arguments, **environment):
     """What a program prints."""
     command = [sys.executable, "-W", "error", ROOT / name, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    env = {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
 
 
 def test_char_lm(tmp_path):
-    """The main job prints its table and writes its picture and the metrics of every step."""
+    """The main job prints a row per clipper, and writes its picture and every step's metrics."""
+    names, steps = ("norm=0.01", "adagc"), 8
     done = run(
-        "examples/char_lm.py", "--steps", 12, "--clippers", "none,norm=0.01", "--out", tmp_path
-    )
+        "examples/char_lm.py", "--steps", steps, "--seeds", "3,5",
+        "--clippers", ",".join(names), "--out", tmp_path, JAX_LOG_COMPILES="1",
+    )  # fmt: skip
 
     assert done.returncode == 0, done.stderr
-    for word in ("sha256", "bits/char", "none", "norm=0.01", "clipped"):
-        assert word in done.stdout
+    # One compilation for both seeds.
+    assert done.stderr.count("Compiling jit(train_block)") == len(names)
+    assert "sha256" in done.stdout
     assert (tmp_path / "char_lm.png").read_bytes().startswith(b"\x89PNG")
+
     with (tmp_path / "metrics.csv").open() as file:
         lines = list(csv.DictReader(file))
-    steps = [(name, str(i)) for name in ("none", "norm=0.01") for i in range(1, 13)]
-    assert [(line["clipper"], line["step"]) for line in lines] == steps
+    keys = [(line["clipper"], line["seed"], int(line["step"])) for line in lines]
+    assert keys == list(itertools.product(names, ("3", "5"), range(1, steps + 1)))
     assert all(float(line["loss_bits"]) > 0 for line in lines)
-    free, clipped = lines[:12], lines[12:]
-    assert all(line["factor"] == "1.0" and line["limit"] == "inf" for line in free)
-    assert any(float(line["clipped"]) > 0 for line in clipped)
-    assert all(float(line["clipped_norm"]) <= 0.01 * (1 + 1e-6) for line in clipped)
+    fixed, adaptive = lines[: 2 * steps], lines[2 * steps :]
+    begins = [[run[i]["loss_bits"] for i in (0, steps)] for run in (fixed, adaptive)]
+    assert begins[0] == begins[1]  # each clipper starts from the same parameters,
+    assert begins[0][0] != begins[0][1]  # and each seed from others
+    assert any(float(line["clipped"]) > 0 for line in fixed)
+    assert all(float(line["clipped_norm"]) <= 0.01 * (1 + 1e-6) for line in fixed)
+    # Of AdaGC's two clips, the one by leaves, behind the one to a global norm of 1: no limit yet.
+    assert all(line["limit"] == "inf" for line in adaptive)
+    assert all(float(line["norm"]) <= 1 + 1e-6 for line in adaptive)
+
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith(names)]
+    assert [row[1] for row in rows] == ["fixed", "adaptive"]
+    for row, history in zip(rows, (fixed, adaptive), strict=True):
+        *_, mean, span, clipped, norm, _ = row
+        low, high = (float(bits) for bits in span.strip("()").split("-"))
+        # All three are rounded to two digits behind the point.
+        assert float(mean) == pytest.approx((low + high) / 2, abs=0.01 + 1e-9)
+        assert low < high
+        ends = [int(history[i]["clipped_steps"]) for i in (steps - 1, -1)]
+        assert float(clipped) == sum(ends) / 2
+        # To two digits, by at most half of the second one.
+        largest = max(float(line["norm"]) for line in history)
+        assert float(norm) == pytest.approx(largest, rel=0.05, abs=0)
 
 
 def test_char_lm_names_its_clippers():
@@ -44,6 +75,20 @@ def test_char_lm_names_its_clippers():
     assert done.returncode == 2
     assert "no clipper 'magic'; choose from none, value, norm, global_norm" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_char_lm_knows_every_clipper(monkeypatch):
+    """What the package has to clip with, but for the normalisers, has a name in the main job."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    named = {
+        getattr(clipper.make, "func", clipper.make)
+        for clipper in importlib.import_module("char_lm").CLIPPERS.values()
+    }
+    public = {x for x in vars(optaxclip.variants).values() if inspect.isfunction(x)}
+    clippers = {x for x in public if not x.__module__.endswith("normalizers")}
+
+    assert optaxclip.zclip in clippers
+    assert clippers <= named
 
 
 def test_thresholds(tmp_path):

@@ -188,7 +188,7 @@ class Rule(NamedTuple):
 RULES = {
     "adagc": Rule(
         adagc,
-        {"gamma": lambda s: s["leaf"].memory.threshold.average},
+        {"gamma": lambda s: s.leaf.memory.threshold.threshold.average},
         traced=("clip_ratio", "beta"),
     ),
     "autoclip": Rule(

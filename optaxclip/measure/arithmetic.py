@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaxclip._numbers import real_dtype, widen
+from optaxclip._numbers import real_dtype, where_positive, widen
 
 from .base import Axes, Measure, Tree
 
@@ -66,12 +65,12 @@ def power_sum(x: jax.Array, ord: float, axes: Axes | None = None) -> jax.Array:
     # depend on the peak that is divided out and multiplied back: no derivative through it.
     peak = jax.lax.stop_gradient(jnp.where((peak > 0) & jnp.isfinite(peak), peak, 1))
     total = jnp.sum((size / peak) ** float(ord), axes, keepdims=True)
-    return peak * _where_positive(lambda safe: safe ** (1 / float(ord)), total)
+    return peak * where_positive(lambda safe: safe ** (1 / float(ord)), total)
 
 
 def root(total: jax.Array, ord: float) -> jax.Array:
     """The norm, of the power sum."""
-    return _where_positive(jnp.sqrt, total) if ord == EUCLIDEAN else total
+    return where_positive(jnp.sqrt, total) if ord == EUCLIDEAN else total
 
 
 def in_range(measure: Measure, grads: Tree, params: Tree) -> Tree:
@@ -124,9 +123,3 @@ def squared(x: jax.Array) -> jax.Array:
     if jnp.iscomplexobj(x):  # real leaves never see .imag, which an Explicit mesh refuses
         return jnp.square(jnp.real(x)) + jnp.square(jnp.imag(x))
     return jnp.square(x)
-
-
-def _where_positive(fun: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """fun(x), with derivative 0 instead of infinity at 0; NaN stays NaN."""
-    positive = x > 0
-    return jnp.where(positive, fun(jnp.where(positive, x, 1)), x)

@@ -5,8 +5,8 @@ A threshold is to norms what an `optax.GradientTransformation` is to updates: a 
 `update(norm, memory)` gives the limit, from **past data only**, and the memory that has learned
 this norm. It works elementwise on norms of any shape, so every threshold works in every measure.
 
-A threshold need not fear bad data: where a norm is not finite, or 0, or so large that its square
-overflows, the engine shows it 0 and throws away what it then learned, group by group. For that,
+A threshold need not fear bad data: where a norm is not finite (it is then shown 0), or 0, or so
+large that its square overflows, the engine throws away what was learned, group by group. For that,
 every array in a memory has the shape of the norm, with axes in front if it holds several values
 per group; what counts steps for all groups together is a `Clock`, which no bad norm stops.
 
@@ -24,10 +24,11 @@ threshold        the limit is                                 it follows a lasti
 `moment_ratio`   mean over root mean square; to normalize     does not depend on the size
 ===============  ===========================================  =================================
 
-Three make thresholds of thresholds: `until` switches to another one after some steps, `bounded`
-keeps the limit between two bounds, and `relearning` forgets the past when a burst turns out to be
-a new level. A limit follows from past norms only, but for `moment_ratio`, `percentile` with
-`with_current`, and what `zscore` makes of a norm that is too large.
+Four make thresholds of thresholds: `until` switches to another one after some steps, `fallback`
+has another one while there is no limit, `bounded` keeps the limit between two bounds, and
+`relearning` forgets the past when a burst turns out to be a new level. A limit follows from past
+norms only, but for `moment_ratio`, `percentile` with `with_current`, and what `zscore` makes of a
+norm that is too large.
 """
 
 from .base import Clock as Clock
@@ -35,6 +36,7 @@ from .base import Threshold as Threshold
 from .bounded import bounded as bounded
 from .constant import constant as constant
 from .ema_ratio import ema_ratio as ema_ratio
+from .fallback import fallback as fallback
 from .growth import growth as growth
 from .moment_ratio import moment_ratio as moment_ratio
 from .percentile import percentile as percentile

@@ -7,12 +7,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaxclip._numbers import as_like
+from optaxclip._numbers import as_like, where_positive
 
 
 def rate(decay: Any) -> Any:
-    """1 - decay, the weight of the new norm, before float32 rounds decay: 6e-5 off at 0.999."""
-    return 1 - decay if isinstance(decay, jax.Array) else float(1 - decay)
+    """1 - decay, the weight of the new norm, before float32 rounds decay: 6e-5 off at 0.999.
+
+    A traced decay may have been rounded to 1, as 0.999 is in bfloat16; then all norms count alike.
+    """
+    traced = isinstance(decay, jax.Array)
+    return jnp.maximum(1 - decay, 2.0**-24) if traced else float(1 - decay)
 
 
 def mean(old: jax.Array, new: jax.Array, decay: Any) -> jax.Array:
@@ -27,7 +31,9 @@ def root_mean_square(old: jax.Array, new: jax.Array, decay: Any) -> jax.Array:
     """
     unit = jnp.maximum(old, new)
     unit = jnp.where(unit > 0, unit, 1)
-    return unit * jnp.sqrt(mean(jnp.square(old / unit), jnp.square(new / unit), decay))
+    return unit * where_positive(
+        jnp.sqrt, mean(jnp.square(old / unit), jnp.square(new / unit), decay)
+    )
 
 
 def weight(seen: jax.Array, decay: Any, dtype: Any = jnp.float32) -> jax.Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,9 +10,7 @@ import jax.numpy as jnp
 from optaxclip import _check
 
 from .base import Memory, Threshold
-from .constant import constant
-
-Limit = float | jax.Array | Callable[[jax.Array], Any]
+from .constant import Limit, constant
 
 
 class BoundedMemory(NamedTuple):

@@ -12,8 +12,10 @@ from optaxclip import _check
 
 from .base import Memory, Threshold, started, ticked
 
+Limit = float | jax.Array | Callable[[jax.Array], Any]
 
-def constant(limit: float | jax.Array | Callable[[jax.Array], Any]) -> Threshold:
+
+def constant(limit: Limit) -> Threshold:
     """The same limit at every step, or the one that a schedule gives for the step.
 
     Args:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip import _check
-from optaxclip._numbers import as_like
+from optaxclip._numbers import as_like, leading
 
 from .base import Clock, Memory, Threshold, zeros_for
 
@@ -26,7 +26,8 @@ def relearning(threshold: Threshold, *, patience: float | jax.Array = 25) -> Thr
 
     After `patience` norms in a row above the limit, the limit is the one that `threshold` learns
     from these norms alone. So no rise, of any size and by any feed, is clipped for ever, and no
-    burst shorter than that is taken for one. Each group does so by itself.
+    burst shorter than that is taken for one. Each group does so by itself. One norm below the
+    limit ends a run: norms that are large nine times in ten are left to what `threshold` learns.
 
     Args:
       threshold: what learns.
@@ -79,6 +80,6 @@ def _choose(mask: jax.Array, new: Memory, old: Memory) -> Memory:
     def chosen(x: Any, y: Any) -> Any:
         if isinstance(x, Clock):
             return x
-        return jnp.where(mask.reshape((1,) * (y.ndim - mask.ndim) + mask.shape), x, y)
+        return jnp.where(leading(mask, y), x, y)
 
     return jax.tree.map(chosen, new, old, is_leaf=lambda x: isinstance(x, Clock))

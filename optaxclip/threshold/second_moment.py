@@ -44,8 +44,8 @@ def second_moment(
       decay: beta, in [0, 1).
       warmup: how many norms there must be before there is a limit; until then it is inf.
       floor: >= 0, what the limit is at least.
-      feed: "capped": n' = min(n, max(tau, 10 sqrt(v^))): no spike lifts sqrt(v) by more than 4.8 %
-        at decay 0.999, and every step of a lasting rise does until it is within 10 of them.
+      feed: "capped": n' = min(n, max(tau, 10 sqrt(v^))). At decay 0.999 and t >> 1000, no spike
+        lifts sqrt(v) by more than 4.8 %, and every step of a rise beyond 10 of them does.
         "clipped": n' = min(n, tau), the papers; with k = 3, 0.4 % per step. "raw": n' = n.
 
     Returns:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optaxclip._numbers import as_like
+from optaxclip._numbers import as_like, where_positive
 
 from .base import zeros_for
 
@@ -39,7 +39,7 @@ def mean_and_deviation(window: Window) -> tuple[jax.Array, jax.Array]:
     mean = jnp.sum(window.norms, axis=0) / count
     unit = jnp.where(mean > 0, mean, 1)  # squares of norms leave the range, those of ratios do not
     ratios = jnp.where(there, (window.norms - mean[None]) / unit[None], 0)
-    return mean, unit * jnp.sqrt(jnp.sum(jnp.square(ratios), axis=0) / count)
+    return mean, unit * where_positive(jnp.sqrt, jnp.sum(jnp.square(ratios), axis=0) / count)
 
 
 def median_and_deviation(window: Window) -> tuple[jax.Array, jax.Array]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip import _check
-from optaxclip._numbers import as_like
+from optaxclip._numbers import as_like, leading
 
 from . import averages
 from .base import Threshold, zeros_for
@@ -107,7 +107,7 @@ def zscore(
         started = first.seen >= as_like(warmup, first.seen)
         grown = pushed(first, norm)
         first = jax.tree.map(
-            lambda new, old: jnp.where(_over(started, new), old, new), grown, first
+            lambda new, old: jnp.where(leading(started, new), old, new), grown, first
         )
         start_mean, start_deviation = starting(first)
         learned = ZScoreMemory(
@@ -128,7 +128,3 @@ def _lowered(mode: str, norm: jax.Array, mean: jax.Array, spread: jax.Array) -> 
         return mean
     distance = jnp.where(norm > mean, norm - mean, 1)
     return mean + spread * (spread / distance)
-
-
-def _over(mask: jax.Array, x: jax.Array) -> jax.Array:
-    return mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)

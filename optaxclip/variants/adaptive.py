@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
 from typing import Any, Final
 
 import jax
@@ -12,12 +12,11 @@ import numpy as np
 import optax
 
 from optaxclip import _check
-from optaxclip._clip import Scale, clip
+from optaxclip._clip import clip
 from optaxclip.measure import Measure
-from optaxclip.scale import rescale
 from optaxclip.threshold import Threshold, bounded, relearning
+from optaxclip.threshold.constant import Limit
 
-Limit = float | jax.Array | Callable[[jax.Array], Any]
 Patience = float | jax.Array
 
 # How long a burst may be, in steps, before it counts as a new level: as many as a limit needs.
@@ -35,12 +34,12 @@ RARE = 1e9
 
 
 def adaptive(
-    measure: Measure,
+    measure: Measure | None,
+    default: Measure,
     threshold: Threshold,
-    scale: Scale = rescale,
     *,
     patience: Patience,
-    warmup: Patience = 1,
+    warmup: int | jax.Array = 1,
     min_norm: Limit = 0.0,
     max_norm: Limit = math.inf,
     nonfinite: str,
@@ -51,13 +50,15 @@ def adaptive(
     It is never so impatient that the new level would be left without a limit: `warmup` is how many
     norms the threshold needs for one.
     """
+    _check.patience(patience=patience)
     if isinstance(patience, jax.Array) or patience != math.inf:
-        _check.steps(patience=patience)
         known = not any(isinstance(x, jax.Array) for x in (patience, warmup))
-        longer = max(patience, warmup) if known else jnp.maximum(patience, warmup)
+        int32 = functools.partial(jnp.asarray, dtype=jnp.int32)
+        longer = max(patience, warmup) if known else jnp.maximum(int32(patience), int32(warmup))
         threshold = relearning(threshold, patience=longer)
     threshold = bounded(threshold, min_norm=min_norm, max_norm=max_norm)
-    return clip(measure, threshold, scale, nonfinite=nonfinite, record=record)
+    measure = default if measure is None else measure
+    return clip(measure, threshold, nonfinite=nonfinite, record=record)
 
 
 def patience_with(share: Any) -> Patience:
@@ -68,4 +69,4 @@ def patience_with(share: Any) -> Patience:
         return jnp.maximum(PATIENCE, jnp.minimum(jnp.ceil(runs), RARE)).astype(jnp.int32)
     if share <= 0 or share >= 1:
         return math.inf if share <= 0 else PATIENCE
-    return max(PATIENCE, math.ceil(-math.log(RARE) / math.log1p(-share)))
+    return max(PATIENCE, min(math.ceil(-math.log(RARE) / math.log1p(-share)), int(RARE)))

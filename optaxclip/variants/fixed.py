@@ -1,18 +1,11 @@
-"""The named clippers, each one line of measure x threshold x scale.
+"""Clippers whose limit is given.
 
-All take their threshold first and the rest by keyword, and these two:
-
-* `nonfinite`: "zero", "propagate" or "sanitize", what becomes of a group whose norm is inf or NaN;
-* `record`: whether the state keeps metrics.
-
-See :func:`optaxclip.clip` for both, for what is guaranteed, and for the shape of the state. The
-threshold is a number >= 0, a () array or an Optax schedule of the step; inf turns clipping off
-and still measures. In a chain they come first, before the optimizer.
+Their threshold is a number >= 0, a () array or an Optax schedule of the step; inf turns clipping
+off and still measures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,8 +16,7 @@ from optaxclip._clip import clip
 from optaxclip.measure.arithmetic import EUCLIDEAN
 from optaxclip.measure.base import AxisRule
 from optaxclip.threshold import constant
-
-Limit = float | jax.Array | Callable[[jax.Array], Any]
+from optaxclip.threshold.constant import Limit
 
 
 def clip_by_value(

@@ -13,8 +13,7 @@ from optaxclip import measure as measures
 from optaxclip._clip import clip
 from optaxclip.measure import Measure
 from optaxclip.scale import normalize
-
-from .adaptive import Limit
+from optaxclip.threshold.constant import Limit
 
 
 def normalize_by_global_norm(
@@ -104,7 +103,7 @@ def stabilize_gradients(
     Deviation from the paper: the bias correction, and zero norms, which divide by zero there.
     """
     return clip(
-        measure or measures.leaf_norm(),
+        measures.leaf_norm() if measure is None else measure,
         threshold.moment_ratio(decay, norm_decay, bias_correction=bias_correction),
         normalize,
         nonfinite=nonfinite,

@@ -8,7 +8,7 @@ numbers of its own, by default every leaf. To change a hyperparameter over time,
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,19 @@ from optaxclip import _check, threshold
 from optaxclip._clip import TOO_LARGE, clip
 from optaxclip.measure import Measure, global_norm, leaf_norm
 from optaxclip.measure.arithmetic import in_range
+from optaxclip.record import ClipState
+from optaxclip.threshold.constant import Limit
 
-from .adaptive import NEVER, PATIENCE, SHORT_WARMUP, Limit, Patience, adaptive
+from .adaptive import NEVER, PATIENCE, SHORT_WARMUP, Patience, adaptive
 
 CONVENTIONS = ("paper", "paddle")
+
+
+class AdaGCState(NamedTuple):
+    """The state of `adagc`."""
+
+    tree: ClipState  # of the global limit of the warm-up
+    leaf: ClipState
 
 
 def clip_by_ema_ratio(
@@ -78,7 +87,8 @@ def clip_by_ema_ratio(
     in the first step sets the scale there, and a zero freezes the leaf.
     """
     return adaptive(
-        measure or leaf_norm(),
+        measure,
+        leaf_norm(),
         threshold.ema_ratio(ratio, decay=decay, warmup=warmup),
         patience=patience,
         warmup=warmup,
@@ -107,7 +117,7 @@ def adagc(
     First, for T steps: G <- G min(1, lambda_abs / ||G||), and gamma_i = min_t ||g_i||. Then
     g_i <- g_i min(1, lambda_rel gamma_i / ||g_i||), gamma_i <- beta gamma_i + (1 - beta) ||g_i||
     with the clipped g_i. Half of ordinary steps are clipped a little: it also smooths. In a chain
-    it comes first. Metrics are named "global/norm" and "leaf/norm", there being two clips.
+    it comes first. Metrics are named "tree/norm" and "leaf/norm", there being two clips.
 
     Args:
       ratio: lambda_rel >= 0.
@@ -151,20 +161,36 @@ def adagc(
     """
     _check.choice(CONVENTIONS, convention=convention)
     _check.limit(max_norm=max_norm)
-    early = threshold.until(warmup, threshold.constant(max_norm), threshold.constant(math.inf))
+    _check.steps(warmup=warmup)
+    off, fixed = threshold.constant(math.inf), threshold.constant(max_norm)
+    early = threshold.until(warmup, fixed, off)
     tree = clip(_learnable(global_norm()), early, nonfinite=nonfinite, record=record)
+    own = threshold.ema_ratio(ratio, decay=decay, warmup=warmup)
     leaf = adaptive(
-        measure or leaf_norm(),
-        threshold.ema_ratio(ratio, decay=decay, warmup=warmup),
+        measure,
+        leaf_norm(),
+        # A leaf that has seen zeros or NaN is not done with its warm-up when the global one ends.
+        threshold.fallback(own, threshold.until(warmup, off, fixed)),
         patience=patience,
         warmup=warmup,
         min_norm=min_norm,
         nonfinite=nonfinite,
         record=record,
     )
-    # One of both is the identity at any time; which one is first decides what gamma sees.
-    order = (("global", tree), ("leaf", leaf))
-    return optax.named_chain(*(order if convention == "paper" else reversed(order)))
+    clips = {"tree": tree, "leaf": leaf}
+    # Which one is first decides what gamma learns in the warm-up.
+    order = ("tree", "leaf") if convention == "paper" else ("leaf", "tree")
+
+    def init(params: Any) -> AdaGCState:
+        return AdaGCState(tree.init(params), leaf.init(params))
+
+    def update(grads: Any, state: AdaGCState, params: Any = None) -> tuple[Any, AdaGCState]:
+        states = {}
+        for name in order:
+            grads, states[name] = clips[name].update(grads, getattr(state, name), params)
+        return grads, AdaGCState(**states)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _learnable(measure: Measure) -> Measure:
@@ -232,7 +258,8 @@ def clip_by_norm_growth(
     301 steps, one by 1000 for 694.
     """
     return adaptive(
-        measure or leaf_norm(),
+        measure,
+        leaf_norm(),
         threshold.growth(max_growth, floor=floor),
         patience=patience,
         max_norm=max_norm,

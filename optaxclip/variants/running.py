@@ -1,4 +1,4 @@
-"""Clippers whose limit follows the norms with a few running numbers per group.
+"""Clippers whose limit follows the norms with running averages, or one number that is moved.
 
 Norms that are 0, not finite or >= 1.8e19 are never learned. Every group of the measure has
 numbers of its own. In a chain they come first, before the optimizer. To change a hyperparameter
@@ -14,13 +14,13 @@ import optax
 
 from optaxclip import _check, threshold
 from optaxclip.measure import Measure, element, global_norm
+from optaxclip.threshold.constant import Limit
 
 from .adaptive import (
     NEVER,
     PATIENCE,
     SHORT_WARMUP,
     WARMUP,
-    Limit,
     Patience,
     adaptive,
     patience_with,
@@ -41,7 +41,8 @@ def clip_by_quantile(
     """Bounds the norm by a running quantile of the norms: C <- C exp(-eta ([n <= C] - gamma)).
 
     What a percentile of a window does, with one number in place of 1000, so it is also for limits
-    per unit or per coordinate. It moves by at most 5 % per step, whatever the norm is.
+    per unit or per coordinate. Until a new level is learned (`patience`), it moves by at most 5 % per
+    step, whatever the norm is.
 
     Args:
       quantile: gamma, the share of norms below the limit, from 0 to 1.
@@ -82,7 +83,8 @@ def clip_by_quantile(
         _check.within(0, 1, quantile=quantile)
         patience = patience_with(quantile)
     return adaptive(
-        measure or global_norm(),
+        measure,
+        global_norm(),
         threshold.quantile(quantile, rate=rate, warmup=SHORT_WARMUP),
         patience=patience,
         warmup=SHORT_WARMUP,
@@ -110,7 +112,8 @@ def zclip(
     """Bounds norms that are outliers by their z-score: z = (n - mu) / sigma > z*.
 
     Such a norm becomes mu + (z*^2 / z) sigma; mu and sigma are running averages. For language
-    models with rare spikes: a spike leaves as an ordinary norm.
+    models with rare spikes: a spike leaves as an ordinary norm. It remembers 57 numbers per group,
+    sorted at each step; for a limit per unit or entry, `clip_by_quantile` is made.
 
     Args:
       z_max: z* >= 0.
@@ -154,7 +157,8 @@ def zclip(
     scale; without a least sigma it clips norms that vary by a hair. And the patience.
     """
     return adaptive(
-        measure or global_norm(),
+        measure,
+        global_norm(),
         threshold.zscore(z_max, decay=decay, warmup=warmup, mode=mode, feed=feed),
         patience=patience,
         warmup=warmup,
@@ -222,7 +226,8 @@ def clip_by_second_moment(
     a lasting rise by 20 it clips for 84 steps after one by 1000 for 144.
     """
     return adaptive(
-        measure or element(),
+        measure,
+        element(),
         threshold.second_moment(k, decay=decay, warmup=warmup, floor=floor, feed=feed),
         patience=patience,
         warmup=warmup,

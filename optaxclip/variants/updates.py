@@ -59,5 +59,6 @@ def clippy(
 
     Deviation from the paper: without the term lambda_acc / sqrt(accumulator) of Adagrad's state.
     """
-    quotients = relative_entries(measure or leaf_norm(math.inf), relative, absolute)
+    together = leaf_norm(math.inf) if measure is None else measure
+    quotients = relative_entries(together, relative, absolute)
     return clip(quotients, constant(1.0), nonfinite=nonfinite, record=record)

@@ -14,13 +14,13 @@ import optax
 
 from optaxclip import _check, threshold
 from optaxclip.measure import Measure, global_norm
+from optaxclip.threshold.constant import Limit
 
 from .adaptive import (
     PATIENCE,
     SHORT_WINDOW,
     WARMUP,
     WINDOW,
-    Limit,
     Patience,
     adaptive,
     patience_with,
@@ -31,7 +31,7 @@ def clip_by_percentile(
     percentile: float | jax.Array = 95.0,
     *,
     window: int = WINDOW,
-    min_history: int | jax.Array = WARMUP,
+    min_history: int | jax.Array | None = None,
     patience: Patience | None = None,
     measure: Measure | None = None,
     min_norm: Limit = 0.0,
@@ -47,7 +47,8 @@ def clip_by_percentile(
     Args:
       percentile: p, a number from 0 to 100 or a () array.
       window: L, how many norms are kept; static.
-      min_history: how many norms there must be before there is a limit of them.
+      min_history: how many norms there must be before there is a limit of them. None: 25, or
+        the window if it is shorter.
       patience: after so many norms in a row above the limit, these are a new level and no burst:
         the limit is learned from them alone. None: 25,
         or more if p is so low that chance alone makes such runs. math.inf: never.
@@ -83,8 +84,10 @@ def clip_by_percentile(
     norms on, and the patience: a full window does not follow a lasting rise before (100 - p) % of
     it are new, 50 norms for p = 95 and 100 for p = 90.
     """
+    min_history = _history(min_history, window)
     return adaptive(
-        measure or global_norm(),
+        measure,
+        global_norm(),
         threshold.percentile(percentile, window=window, min_history=min_history),
         patience=_patience(percentile, patience),
         warmup=min_history,
@@ -148,7 +151,8 @@ def autoclip(
     are 0 or not finite are left out; in the authors' code one NaN stays for ever.
     """
     return adaptive(
-        measure or global_norm(),
+        measure,
+        global_norm(),
         threshold.percentile(percentile, window=window, min_history=1, with_current=True),
         patience=_patience(percentile, patience),
         min_norm=min_norm,
@@ -163,7 +167,7 @@ def clip_by_sigma(
     *,
     window: int = SHORT_WINDOW,
     feed: str = "clipped",
-    min_history: int | jax.Array = WARMUP,
+    min_history: int | jax.Array | None = None,
     patience: Patience = PATIENCE,
     measure: Measure | None = None,
     min_norm: Limit = 0.0,
@@ -181,7 +185,8 @@ def clip_by_sigma(
       window: L, how many norms are kept; static.
       feed: "clipped": norms enter the window as they leave. "raw": as they come; the first spike
         of a burst then lifts the limit over the others.
-      min_history: how many norms there must be before there is a limit of them.
+      min_history: how many norms there must be before there is a limit of them. None: 25, or
+        the window if it is shorter.
       patience: after so many norms in a row above the limit, these are a new level and no burst:
         the limit is learned from them alone. math.inf: never.
       measure: what a norm is of; None: the whole tree.
@@ -214,8 +219,10 @@ def clip_by_sigma(
     Deviation from Levanter, which is threshold.sigma(3.0, feed="raw", min_history=64,
     start="mean", min_sigma=0.0) but for the 1e-6 that sigma is at least there; and the patience.
     """
+    min_history = _history(min_history, window)
     return adaptive(
-        measure or global_norm(),
+        measure,
+        global_norm(),
         threshold.sigma(k, window=window, feed=feed, min_history=min_history),
         patience=patience,
         warmup=min_history,
@@ -224,6 +231,13 @@ def clip_by_sigma(
         nonfinite=nonfinite,
         record=record,
     )
+
+
+def _history(min_history: int | jax.Array | None, window: int) -> int | jax.Array:
+    if min_history is not None:
+        return min_history
+    _check.window(window=window)
+    return min(WARMUP, window)
 
 
 def _patience(percentile: float | jax.Array, patience: Patience | None) -> Patience:
