@@ -41,8 +41,8 @@ def clip_by_quantile(
     """Bounds the norm by a running quantile of the norms: C <- C exp(-eta ([n <= C] - gamma)).
 
     What a percentile of a window does, with one number in place of 1000, so it is also for limits
-    per unit or per coordinate. Until a new level is learned (`patience`), it moves by at most 5 % per
-    step, whatever the norm is.
+    per unit or per coordinate. Until a new level is learned (`patience`), it moves by at most 5 %
+    per step, whatever the norm is.
 
     Args:
       quantile: gamma, the share of norms below the limit, from 0 to 1.
@@ -223,7 +223,7 @@ def clip_by_second_moment(
 
     Deviation from both: zero gradients are not learned and a coordinate without history has no
     limit, so that rare rows of an embedding are never frozen; "capped" instead of "clipped". After
-    a lasting rise by 20 it clips for 84 steps after one by 1000 for 144.
+    a lasting rise by 20 it clips for 84 steps, after one by 1000 for 144.
     """
     return adaptive(
         measure,
