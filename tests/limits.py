@@ -161,6 +161,12 @@ def bounded(norms, rule, *, min_norm=0.0, max_norm=np.inf):
 
 
 @rule
+def fallback(norms, rule, other):
+    """The limits of another rule where the first has none."""
+    return np.where(np.isinf(rule(norms)), other(norms), rule(norms))
+
+
+@rule
 def relearning(norms, rule, *, patience=25):
     """Whenever so many norms in a row were above the limit, the rule begins anew with the first."""
     limits, run = rule(norms), 0
@@ -182,5 +188,6 @@ RULES = {
     "second_moment": lambda t: t.second_moment(3.0),
     "moment_ratio": lambda t: t.moment_ratio(),
     "bounded": lambda t: t.bounded(t.growth(1.01), min_norm=1.0, max_norm=3.0),
+    "fallback": lambda t: t.fallback(t.ema_ratio(2.0), t.growth(1.5)),
     "relearning": lambda t: t.relearning(t.growth(1.01)),
 }

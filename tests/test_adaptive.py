@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 import trees
+from flax import serialization
 
 import optaxclip as oc
 
@@ -426,3 +427,102 @@ def test_sanitized_gradients_have_the_limit_of_a_good_step(name):
 
     trees.assert_same_bits(updates, expected)
     assert sum(int(x) for k, x in oc.metrics(after).items() if "nonfinite" in k) >= 1
+
+
+@pytest.mark.parametrize("convention", ["paper", "paddle"])
+def test_adagc_has_a_limit_after_a_warm_up_with_zeros(convention):
+    """A leaf whose warm-up lasts longer than the global one is limited by max_norm meanwhile."""
+    tx = oc.adagc(convention=convention)
+    norms = jnp.full(106, LEVEL).at[:40].set(0).at[105].set(1e6)
+
+    def step(state, norm):
+        updates, state = tx.update({"w": norm[None]}, state)
+        return state, updates["w"][0]
+
+    _, out = jax.lax.scan(step, tx.init({"w": jnp.zeros(1)}), norms)
+
+    assert float(out[105]) == pytest.approx(1.0, rel=1e-6, abs=0)
+
+
+def test_stable_adam_takes_schedules_and_complex_leaves():
+    """A schedule for max_rms is read at every step, on any tree; complex leaves have moduli."""
+    schedule = lambda step: 1.0 - 0.5 * step.astype(jnp.float32)
+    tx = oc.scale_by_stable_adam(max_rms=schedule)
+    grads = {"real": jnp.ones(3), "complex": jnp.full(2, 3 + 4j, jnp.complex64)}
+    state = tx.init(grads)
+
+    for share in (1.0, 0.5):
+        updates, state = tx.update(grads, state)
+        # Constant gradients: m / sqrt(v) is g / |g|, but for eps = 1e-6.
+        np.testing.assert_allclose(updates["real"], np.full(3, share), 2e-6)
+        np.testing.assert_allclose(updates["complex"], np.full(2, share * (0.6 + 0.8j)), 2e-6)
+
+
+def test_stable_adam_sanitizes_by_entry():
+    """With nonfinite="sanitize", moments of bad entries stay, the others learn, and it counts."""
+    tx = oc.scale_by_stable_adam(nonfinite="sanitize")
+    state = tx.init(jnp.ones(2))
+    _, before = tx.update(jnp.ones(2), state)
+
+    updates, after = tx.update(jnp.array([2.0, jnp.nan]), before)
+
+    assert np.isfinite(updates).all()
+    assert updates[1] == 0
+    assert after.moments.nu[1] == before.moments.nu[1]
+    assert after.moments.nu[0] > before.moments.nu[0]
+    assert int(after.clip.metrics.nonfinite_steps) == 1
+
+
+def test_a_constant_float64_norm_is_never_clipped():
+    """A limit that is remembered in float32 does not clip the float64 norm it was learned from."""
+    with jax.enable_x64(True):
+        for make in (oc.clip_by_percentile, oc.autoclip):
+            tx = make()
+            step = lambda state, norm: tx.update(norm[None], state)[::-1]  # noqa: B023
+            norms = jnp.full(60, 0.7, jnp.float64)
+            _, out = jax.lax.scan(step, tx.init(jnp.zeros(1, jnp.float64)), norms)
+            np.testing.assert_array_equal(out[:, 0], norms)
+
+
+def test_gradients_of_another_tree_are_refused():
+    """A memory of one leaf does not silently become one of three."""
+    tx = oc.clip_by_ema_ratio()
+    state = tx.init({"a": jnp.ones(3)})
+
+    with pytest.raises(ValueError, match="norms of shape"):
+        tx.update({"a": jnp.ones(3), "b": jnp.ones(3), "c": jnp.ones(3)}, state)
+
+
+def test_adagc_survives_flax_serialization():
+    """The state goes through flax.serialization, as that of every other clip."""
+    tx = oc.adagc()
+    state = tx.update(grads_of(1.0), tx.init(grads_of(1.0)))[1]
+
+    restored = serialization.from_bytes(tx.init(grads_of(1.0)), serialization.to_bytes(state))
+
+    trees.assert_same_bits(restored, state)
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "message"),
+    [
+        (oc.zclip, {"measure": 0}, "measure must be a Measure"),
+        (oc.zclip, {"measure": ()}, "measure must be a Measure"),
+        (oc.zclip, {"patience": np.array([1.0, 2.0])}, "patience must be a whole number"),
+        (oc.adagc, {"warmup": "x"}, "warmup must be a whole number"),
+        (oc.zclip, {"warmup": 0}, "warmup must be a whole number"),
+        (oc.clip_by_percentile, {"window": 0}, "window must be a whole number"),
+        (oc.clip_by_percentile, {"patience": 3_000_000_000}, "patience must be a whole number"),
+        (oc.clippy, {"absolute": 1e39}, "absolute must be a finite number"),
+    ],
+)
+def test_bad_arguments_of_variants(make, arguments, message):
+    """What a variant hands on is checked under the name that the caller gave."""
+    with pytest.raises((TypeError, ValueError), match=message):
+        make(**arguments)
+
+
+def test_a_short_window_has_a_limit_when_it_is_full():
+    """min_history need not be given with a window below its default."""
+    assert oc.clip_by_percentile(window=20).init(jnp.ones(1)).memory
+    assert oc.clip_by_sigma(window=16).init(jnp.ones(1)).memory

@@ -785,3 +785,25 @@ def _finite_differences(fun, tree, step=1e-2):
             slope[j] = (moved[0] - moved[1]) / (2 * step)
         slopes.append(jnp.asarray(slope))
     return treedef.unflatten(slopes)
+
+
+def test_the_derivative_by_a_limit_of_zero_is_right():
+    """Gradients that a limit of 0 makes zeros still grow with the limit, by their direction."""
+    grads = jnp.array([3.0, 4.0])
+    total = lambda limit: jnp.sum(once(oc.clip_by_global_norm(limit), grads)[0])
+
+    assert jax.grad(total)(jnp.float32(0)) == pytest.approx(1.4, rel=1e-6, abs=0)
+
+
+def test_a_memory_may_be_one_array():
+    """A threshold of one's own need not wrap its memory."""
+    last = Threshold(
+        lambda norm: jnp.zeros(norm.shape),
+        lambda norm, memory: (jnp.where(memory > 0, memory, jnp.inf), norm),
+    )
+    tx = oc.clip(oc.measure.global_norm(), last)
+    _, state = once(tx, jnp.array([3.0, 4.0]))
+
+    updates, _ = tx.update(jnp.array([6.0, 8.0]), state)
+
+    np.testing.assert_allclose(updates, [3.0, 4.0], 1e-6)

@@ -352,6 +352,10 @@ ARGUMENTS = {
         },
     ),
     "moment_ratio": ({}, {"decay": DECAY, "norm_decay": DECAY, "bias_correction": FLAG}),
+    "fallback": (
+        {"threshold": threshold.growth(1.01), "other": threshold.constant(1.0)},
+        {"threshold": INNER, "other": INNER},
+    ),
     "bounded": (
         {"threshold": threshold.growth(1.5)},
         {"threshold": INNER, "min_norm": LIMIT, "max_norm": LIMIT},

@@ -43,7 +43,7 @@ def fallback(threshold: Threshold, other: Threshold) -> Threshold:
       5.0
       18.0
     """
-    _check.instance(Threshold, "threshold.constant(1.0)", threshold=threshold, other=other)
+    _check.instance(Threshold, "threshold.growth(1.01)", threshold=threshold, other=other)
 
     def init(norm: Any) -> FallbackMemory:
         return FallbackMemory(threshold.init(norm), other.init(norm))
