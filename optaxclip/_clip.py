@@ -188,7 +188,7 @@ def _limited(
     shown = jnp.where(jnp.isfinite(size), jnp.minimum(size, TOO_LARGE), 0)
     limit, learned = threshold.update(shown, memory)
     # Where there is no limit yet, for lack of a past, that is no licence for such a norm.
-    limit = jnp.where((size >= TOO_LARGE) & (limit == jnp.inf), 0, limit)
+    limit = jnp.where((size >= TOO_LARGE) & (limit >= TOO_LARGE), 0, limit)
     # A float64 norm is not above a limit for what rounding it took away.
     wide = limit.astype(norm.dtype)
     wide = jnp.where(size <= limit, jnp.maximum(wide, norm), wide)
