@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from roster import EVERY
 
 import optaxclip
 from optaxclip import variants
@@ -102,6 +103,11 @@ def test_variants_take_their_threshold_first_and_the_rest_by_keyword(name):
 def test_variants_are_exported(name):
     """Every variant is a name of the package itself."""
     assert getattr(optaxclip, name, None) is VARIANTS[name]
+
+
+def test_every_variant_is_in_the_roster():
+    """Laws, wrappers and meshes are tried on every variant."""
+    assert {name.split()[0] for name in EVERY} == VARIANTS.keys()
 
 
 def test_readme_lists_every_variant_with_its_threshold_and_no_other():
