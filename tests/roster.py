@@ -45,9 +45,9 @@ EVERY = {
     "clip_by_quantile": _learns(oc.clip_by_quantile, patience=10),
     "zclip": _learns(oc.zclip, warmup=3),
     "clip_by_sigma": _learns(oc.clip_by_sigma, window=8, min_history=2),
-    "clip_by_ema_ratio": _learns(oc.clip_by_ema_ratio, warmup=2),
+    "clip_by_ema_ratio": _learns(oc.clip_by_ema_ratio, warmup=2)._replace(groups="leaf"),
     "adagc": _learns(oc.adagc, warmup=2)._replace(groups="leaf"),
-    "clip_by_norm_growth": _learns(oc.clip_by_norm_growth),
+    "clip_by_norm_growth": _learns(oc.clip_by_norm_growth)._replace(groups="leaf"),
     "clip_by_second_moment": _learns(oc.clip_by_second_moment, warmup=2)._replace(groups="entry"),
     "stabilize_gradients": _learns(oc.stabilize_gradients)._replace(groups="leaf", normalizes=True),
     "scale_by_stable_adam": _learns(oc.scale_by_stable_adam)._replace(
