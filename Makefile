@@ -12,7 +12,7 @@ BIN := .venv/bin
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format clean
+.PHONY: help venv demo test suite proof fuzz mutants lint format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
@@ -23,8 +23,29 @@ venv: ## create .venv, or replace it if it is out of date
 demo: venv ## train a small character model, with and without clipping
 	$(BIN)/python examples/char_lm.py $(ARGS)
 
-test: lint ## everything a change must pass: lint, types, tests, doctests, README, examples
-	$(BIN)/python -m pytest -q -n auto --dist worksteal --durations=10 $(ARGS)
+test: lint ## everything a change must pass, on the oldest Python and, if there is one, on 3.13
+	@$(MAKE) --no-print-directory suite
+ifeq ($(PYTHON),)
+	@newest=$$(sh .ci/newest); if [ -n "$$newest" ]; then \
+	  PYTHON=$$newest VENV=.venv-newest sh .ci/venv && \
+	  $(MAKE) --no-print-directory suite BIN=.venv-newest/bin; \
+	else echo "No Python 3.13 found: the newest JAX is not tested here."; fi
+endif
+
+# Not `python -m pytest`, which would put the checkout before the wheel.
+suite:
+	@$(BIN)/python -c "import jax, sys; print('Python', sys.version.split()[0], 'jax', jax.__version__)"
+	OPTAXCLIP_TESTED=wheel $(BIN)/pytest -q -n auto --dist worksteal --durations=10 \
+	  --pyargs optaxclip tests/ $(ARGS)
+
+proof: venv ## the long proofs: every variant on every mesh and in every wrapper (an hour)
+	$(BIN)/pytest -q -m proof -n auto --dist worksteal --durations=20 tests/ $(ARGS)
+
+fuzz: venv ## try the laws on fresh trees for ten minutes, and count
+	$(BIN)/python tests/fuzz.py --minutes 10 --workers 2 $(ARGS)
+
+mutants: venv ## break the package on purpose, one fault after the other: tests must notice
+	$(BIN)/python tests/mutants.py $(ARGS)
 
 lint: venv ## check style, formatting and types
 	$(BIN)/ruff check .
@@ -36,5 +57,5 @@ format: venv ## format the code and apply the safe fixes of the linter
 	$(BIN)/ruff format .
 
 clean: ## remove .venv, caches and built packages
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .venv-newest .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -21,6 +21,7 @@ from . import measure as measure
 from . import scale as scale
 from . import threshold as threshold
 from ._clip import clip as clip
+from .export import register_for_export as register_for_export
 from .record import ClipState as ClipState
 from .record import Metrics as Metrics
 from .record import metrics as metrics

@@ -24,8 +24,9 @@ Scale = Callable[[jax.Array, jax.Array], jax.Array]
 
 NONFINITE = ("zero", "propagate", "sanitize")
 
-# What no memory learns, as it learns no inf: from here on, the square of a norm overflows float32.
-TOO_LARGE = 2.0**64
+# What no memory learns, as it learns no inf and no 0: from here on, the square of a norm overflows
+# float32; and a share of one that is smaller is flushed to 0, above which all norms then are.
+TOO_LARGE, TOO_SMALL = 2.0**64, 2.0**-100
 
 
 def clip(
@@ -49,8 +50,8 @@ def clip(
     norm 0; limit 0; limit inf; 0 and 0     unchanged; zeros; unchanged; zeros: never NaN, in the
                                             derivative through the update neither
     norm not finite                         `nonfinite` decides for the group
-    norm 0, not finite, or >= 2^64          the memory of the group is bit for bit as if the step
-                                            had not been, clocks apart
+    norm < 2^-100, >= 2^64, not finite;     the memory of the group is bit for bit as if the step
+    limit negative or NaN                   had not been, clocks apart
     norm from 1.2e-38 to 3.4e38             measured right in any dtype, in float32 sums (float64
                                             sums for float64 leaves, to 1e170)
     None, empty, zero-size, scalar,         accepted; integer, bool and float0 leaves pass through
@@ -150,8 +151,8 @@ def _apart(memory: Tree, treedef: Any, norms: list[jax.Array], threshold: Thresh
         return [threshold.init(norm) for norm in norms]
     try:
         memories: list[Tree] = treedef.flatten_up_to(memory)
-    except ValueError as error:
-        message = f"these gradients have other float leaves than the params given to init: {error}"
+    except ValueError:
+        message = "these gradients have other float leaves than the params given to init"
         raise ValueError(message) from None
     for norm, own in zip(norms, memories, strict=True):
         for x in jax.tree.leaves(own, is_leaf=_is_clock):
@@ -184,9 +185,14 @@ def _limited(
         limit, memory = threshold.update(jnp.where(jnp.isfinite(norm), norm, 0), memory)
         return limit.astype(norm.dtype), memory
     size = norm.astype(jnp.float32)  # as all memories are
-    telling = finite & (size > 0) & (size < TOO_LARGE)
+    telling = finite & (size >= TOO_SMALL) & (size < TOO_LARGE)
     shown = jnp.where(jnp.isfinite(size), jnp.minimum(size, TOO_LARGE), 0)
     limit, learned = threshold.update(shown, memory)
+    # A hyperparameter that is traced and bad for a step must not be for ever.
+    telling &= limit >= 0
+    for x in jax.tree.leaves(learned, is_leaf=_is_clock):
+        if not _is_clock(x):
+            telling &= jnp.all(jnp.isfinite(x), range(x.ndim - norm.ndim))
     # Where there is no limit yet, for lack of a past, that is no licence for such a norm.
     limit = jnp.where((size >= TOO_LARGE) & (limit >= TOO_LARGE), 0, limit)
     # A float64 norm is not above a limit for what rounding it took away.
@@ -228,7 +234,7 @@ def _multiplied(grads: Tree, factors: Tree, bad: Tree, scale: Scale, nonfinite: 
         # Where each entry has a factor of its own, XLA would write them all to memory if they were
         # used twice. Elsewhere, a mask of the entries would cost a sixth of a step, and one number
         # per group says which are bad.
-        single = factor.shape == grad.shape
+        single = factor.shape == grad.shape and grad.size > 1
         if nonfinite == "sanitize" or (nonfinite == "zero" and single):
             grad = sanitized(grad)
         x = widen(grad)

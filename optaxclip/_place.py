@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from .measure import Measure
+from .measure.shards import varying
 
 Tree = Any
 
@@ -27,24 +28,39 @@ def abstract_norms(measure: Measure, params: Tree) -> Tree:
         norms = _sharded_norms(measure, params, mesh)
 
     def float32(norm: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        sharding = norm.sharding
-        if mesh is not None:
-            sharding = NamedSharding(mesh, PartitionSpec() if sharding is None else sharding.spec)
-        return jax.ShapeDtypeStruct(norm.shape, jnp.float32, sharding=sharding)
+        if mesh is None:
+            return placeable(norm.update(dtype=jnp.float32))
+        spec = PartitionSpec() if norm.sharding is None else norm.sharding.spec
+        return norm.update(dtype=jnp.float32, sharding=NamedSharding(mesh, spec))
 
     return jax.tree.map(float32, norms)
+
+
+def placeable(x: Any) -> Any:
+    """An abstract or traced array without a sharding on a mesh that is not set here.
+
+    JAX refuses to make an array like it; one without a sharding will do.
+    """
+    if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+        return x
+    kind = jax.typeof(x)
+    here = kind.sharding.mesh in (None, jax.sharding.get_abstract_mesh())
+    return x if here or kind.sharding.mesh.empty else jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def beside(params: Tree) -> Callable[..., Tree]:
     """What puts a state on the mesh or device of the parameters, if these are on one.
 
     The function takes the state and, optionally, a norm or leaf: arrays that end in its shape are
-    sharded as it is, others replicated. Abstract and traced parameters are nowhere.
+    sharded as it is, others replicated. Abstract and traced parameters are nowhere, but inside
+    shard_map arrays vary over devices as those do.
     """
     mesh = _mesh(params)
+    device = _device(params)
+    if mesh is None and device is None:
+        return _varying_alike
     if mesh is None:
-        device = _device(params)
-        return lambda state, like=None: state if device is None else jax.device_put(state, device)
+        return lambda state, like=None: jax.device_put(state, device)
     explicit = AxisType.Explicit in mesh.axis_types
     # Another spelling of a sharding is another program. A compiled one spells it in full on an
     # Explicit mesh, and else as its arguments do, or without trailing None if they do not have it.
@@ -67,6 +83,20 @@ def beside(params: Tree) -> Callable[..., Tree]:
         return jax.tree.map(put, state)
 
     return place
+
+
+def _varying_alike(state: Tree, like: Any = None) -> Tree:
+    """Inside shard_map, a scan wants its carry to vary over devices from the start."""
+    names = () if like is None else varying(like)
+    if not names:
+        return state
+
+    def cast(x: jax.Array) -> jax.Array:
+        more = tuple(name for name in names if name not in varying(x))
+        alike = x.shape[max(x.ndim - like.ndim, 0) :] == like.shape
+        return jax.lax.pcast(x, more, to="varying") if more and alike else x
+
+    return jax.tree.map(cast, state)
 
 
 def _key(ndim: int, spec: Sequence[Any]) -> tuple[int, tuple[Any, ...]]:

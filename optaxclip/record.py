@@ -2,18 +2,32 @@
 
 A clip keeps its metrics in its own state, on the device, because Optax has no other way out of a
 chain. :func:`metrics` finds them in whatever the optimizer state is wrapped in.
+
+They are of the whole tree on any mesh, with one exception: where JAX does not track what is split
+(`pmap`, `shard_map` with check_vma=False), those of units and entries are of the device's shard.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ._numbers import largest
+from ._range import Count, Range
+from .measure import shards
+
 Tree = Any
+
+# A norm that is not finite is what a bad step had.
+Size = Annotated[jax.Array, Range(0, also=(np.inf, np.nan))]
+Limit = Annotated[jax.Array, Range(0, also=(np.inf,), start=np.inf)]
+Factor = Annotated[jax.Array, Range(0, also=(np.nan,), start=1)]
+# Above 1 by what float32 makes of numbers beyond 2^24 that are counted in it.
+Share = Annotated[jax.Array, Range(0, 1 + 2.0**-10)]
 
 
 class Metrics(NamedTuple):
@@ -23,15 +37,25 @@ class Metrics(NamedTuple):
     `norm` is what came in, `clipped_norm` what went out.
     """
 
-    norm: jax.Array  # () float32, largest norm before clipping; not finite in a bad step, unless
+    norm: Size  # () float32, largest norm before clipping; not finite in a bad step, unless
     #                  nonfinite="sanitize", under which it is the norm without the bad entries
-    clipped_norm: jax.Array  # () float32, largest norm after clipping
-    limit: jax.Array  # () float32, smallest limit; inf where there is none
-    factor: jax.Array  # () float32, smallest factor
-    clipped: jax.Array  # () float32, share of all groups that have a finite norm and factor < 1
-    steps: jax.Array  # () int32, steps so far; as all counters, stays at its largest value
-    clipped_steps: jax.Array  # () int32, steps so far in which some group was clipped
-    nonfinite_steps: jax.Array  # () int32, steps so far in which some norm was not finite
+    clipped_norm: Size  # () float32, largest norm after clipping
+    limit: Limit  # () float32, smallest limit; inf where there is none
+    factor: Factor  # () float32, smallest factor
+    clipped: Share  # () float32, share of all groups that have a finite norm and factor < 1
+    steps: Count  # () int32, steps so far; as all counters, stays at its largest value
+    clipped_steps: Count  # () int32, steps so far in which some group was clipped
+    nonfinite_steps: Count  # () int32, steps so far in which some norm was not finite
+
+    def laws(self) -> dict[str, jax.Array]:
+        """What ties the fields together."""
+        finite = jnp.isfinite(self.norm)
+        return {
+            "clipped_steps <= steps": self.clipped_steps <= self.steps,
+            "nonfinite_steps <= steps": self.nonfinite_steps <= self.steps,
+            "clipped_norm and factor are numbers where norm is finite": ~finite
+            | ~jnp.isnan(self.clipped_norm + self.factor),
+        }
 
 
 class ClipState(NamedTuple):
@@ -62,12 +86,12 @@ def observe(before: Metrics, groups: list[Groups]) -> Metrics:
     clipped = [jnp.isfinite(g.norm) & (g.factor < 1) for g in groups]
     count = sum(map(_total, clipped), jnp.zeros((), jnp.float32))
     bad = sum((_total(~g.finite) for g in groups), jnp.zeros((), jnp.float32))
-    size = max(sum(c.size for c in clipped), 1)
+    size = max(sum(c.size * shards.count(shards.varying(c)) for c in clipped), 1)
     return Metrics(
-        norm=_over(jnp.max, [g.norm for g in groups], 0.0),
-        clipped_norm=_over(jnp.max, [g.clipped_norm for g in groups], 0.0),
-        limit=_over(jnp.min, [g.limit for g in groups], np.inf),
-        factor=_over(jnp.min, [g.factor for g in groups], 1.0),
+        norm=_most([g.norm for g in groups]),
+        clipped_norm=_most([g.clipped_norm for g in groups]),
+        limit=_least([g.limit for g in groups], np.inf),
+        factor=_least([g.factor for g in groups], 1.0),
         clipped=count / jnp.float32(size),
         steps=optax.safe_increment(before.steps),
         clipped_steps=_increment_if(count > 0, before.clipped_steps),
@@ -133,12 +157,19 @@ def _names(paths: list[tuple[Any, ...]]) -> list[str]:
 
 def _total(mask: jax.Array) -> jax.Array:
     # float32, because a tree can have more entries than int32 can count.
-    return jnp.sum(mask.astype(jnp.float32))
+    return shards.total(jnp.sum(mask.astype(jnp.float32)), shards.varying(mask))
 
 
-def _over(op: Any, arrays: list[jax.Array], default: float) -> jax.Array:
-    found = [op(x).astype(jnp.float32) for x in arrays if x.size]
-    return op(jnp.stack(found)) if found else jnp.full((), default, jnp.float32)
+def _most(sizes: list[jax.Array]) -> jax.Array:
+    found = [largest(x).reshape(()).astype(jnp.float32) for x in sizes if x.size]
+    whole = [shards.largest(x, shards.varying(x)) for x in found]
+    return jnp.max(jnp.stack(whole)) if whole else jnp.zeros((), jnp.float32)
+
+
+def _least(arrays: list[jax.Array], default: float) -> jax.Array:
+    found = [jnp.min(x).astype(jnp.float32) for x in arrays if x.size]
+    whole = [-shards.largest(-x, shards.varying(x)) for x in found]
+    return jnp.min(jnp.stack(whole)) if whole else jnp.full((), default, jnp.float32)
 
 
 def _increment_if(happened: jax.Array, count: jax.Array) -> jax.Array:

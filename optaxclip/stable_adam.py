@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,22 +18,26 @@ import optax
 from . import _check
 from ._clip import clip
 from ._numbers import as_like, part, where_positive, widen
-from ._place import beside
+from ._place import beside, placeable
+from ._range import Range, Steps
 from .measure import Measure, leaf_rms
 from .measure.arithmetic import squared
+from .measure.shards import AxisName
 from .record import ClipState
 from .threshold import constant
 from .threshold.averages import rate, weight
 
 Tree = Any
 
+REAL, COMPLEX = ("float32", "float64"), ("complex64", "complex128")
+
 
 class Moments(NamedTuple):
     """The moments of one leaf, as Adam corrects them for having started from 0."""
 
-    mu: jax.Array  # like the leaf, float32
-    nu: jax.Array  # like the leaf, float32
-    seen: jax.Array  # () int32, gradients learned
+    mu: Annotated[jax.Array, Range(dtypes=(*REAL, *COMPLEX))]  # like the leaf, float32
+    nu: Annotated[jax.Array, Range(0, dtypes=REAL)]  # like the leaf, float32
+    seen: Steps  # () int32, gradients learned
 
 
 class StableAdamState(NamedTuple):
@@ -49,6 +53,7 @@ def scale_by_stable_adam(
     eps: float | jax.Array = 1e-6,
     *,
     max_rms: float | jax.Array | Callable[[jax.Array], Any] = 1.0,
+    axis_name: AxisName = None,
     nonfinite: str = "zero",
     record: bool = True,
 ) -> optax.GradientTransformation:
@@ -64,6 +69,8 @@ def scale_by_stable_adam(
       b2: decay of v, in [0, 1).
       eps: > 0.
       max_rms: d >= 0, the largest root mean square of a leaf: a number, a () array or a schedule.
+      axis_name: mesh axes that leaves are split over, where JAX does not track it, see
+        :mod:`optaxclip.measure`.
       nonfinite: policy for leaves whose RMS is not finite; such a step leaves their moments alone.
       record: whether to keep metrics; a norm in them is an RMS.
 
@@ -91,7 +98,7 @@ def scale_by_stable_adam(
     _check.decay(b1=b1, b2=b2)
     _check.positive(eps=eps)
     _check.limit(max_rms=max_rms)
-    rms = leaf_rms()
+    rms = leaf_rms(axis_name=axis_name)
 
     def size(direction: Tree, surprise: Tree) -> Tree:
         """The RMS of g / sqrt(v), which comes in the place of the parameters."""
@@ -111,18 +118,26 @@ def scale_by_stable_adam(
     @functools.partial(jax.jit, inline=True)
     def step(grads: Tree, state: StableAdamState) -> tuple[Tree, StableAdamState]:
         wide = jax.tree.map(widen, grads)
+        is_leaf = lambda x: isinstance(x, Moments)
+        known = jax.tree.map(lambda m: m.mu, state.moments, is_leaf=is_leaf)
+        _check.alike(known, "the params given to init", gradients=grads)
         learned = jax.tree.map(functools.partial(_learned, b1=b1, b2=b2), wide, state.moments)
         root = jax.tree.map(lambda g, m: where_positive(jnp.sqrt, m.nu), wide, learned)
         floor = lambda r: as_like(eps, r)
-        # A square that overflows would make the quotient 0, and its moments the ones to keep.
-        lost = lambda r: jnp.where(jnp.isfinite(r), jnp.maximum(r, floor(r)), jnp.nan)
-        surprise = jax.tree.map(lambda g, r: g / lost(r).astype(g.dtype), wide, root)
+        # A square that overflows would make both quotients 0, and its moments the ones to keep.
+        root = jax.tree.map(lambda r: jnp.where(jnp.isfinite(r), r, jnp.nan), root)
+        surprise = jax.tree.map(
+            lambda g, r: g / jnp.maximum(r, floor(r)).astype(g.dtype), wide, root
+        )
         direction = jax.tree.map(
             lambda g, m, r: m.mu / (r + floor(r)).astype(m.mu.dtype), grads, learned, root
         )
         updates, clip_state = limiter.update(direction, state.clip, surprise)
-        kept = functools.partial(_kept, whole_leaf=nonfinite != "sanitize")
-        moments = jax.tree.map(kept, surprise, learned, state.moments)
+        if nonfinite == "sanitize":
+            learns = jax.tree.map(jnp.isfinite, surprise)
+        else:
+            learns = rms.spread(jnp.isfinite(rms.norms(surprise, None)), surprise)
+        moments = jax.tree.map(_kept, learns, learned, state.moments)
         updates = jax.tree.map(lambda g, u: u.astype(g.dtype), grads, updates)
         return updates, StableAdamState(moments, clip_state)
 
@@ -137,6 +152,7 @@ def scale_by_stable_adam(
 
 
 def _blank(place: Callable[..., Tree], leaf: jax.Array) -> Moments:
+    leaf = placeable(leaf)
     mu = jnp.zeros_like(leaf, jax.eval_shape(widen, leaf).dtype)
     nu = jnp.zeros_like(leaf, jnp.finfo(mu.dtype).dtype)
     mu, nu = place([mu, nu], leaf)
@@ -154,10 +170,7 @@ def _learned(grad: jax.Array, old: Moments, *, b1: Any, b2: Any) -> Moments:
     return Moments(mu, nu, seen)
 
 
-def _kept(surprise: jax.Array, new: Moments, old: Moments, *, whole_leaf: bool) -> Moments:
+def _kept(learns: jax.Array, new: Moments, old: Moments) -> Moments:
     """The old moments where the gradient is not finite: of the leaf, or of its bad entries."""
-    finite = jnp.isfinite(surprise)
-    learns = jnp.all(finite)
-    here = learns if whole_leaf else finite
-    seen = jnp.where(learns, new.seen, old.seen) if whole_leaf else new.seen
-    return Moments(jnp.where(here, new.mu, old.mu), jnp.where(here, new.nu, old.nu), seen)
+    seen = new.seen if learns.shape else jnp.where(learns, new.seen, old.seen)
+    return Moments(jnp.where(learns, new.mu, old.mu), jnp.where(learns, new.nu, old.nu), seen)

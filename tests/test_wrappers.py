@@ -1,4 +1,4 @@
-"""Clips inside Optax's wrappers and the frameworks' training loops, with real models."""
+"""What wrappers and frameworks are for, beside the values of matrix.py: metrics and checkpoints."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,6 @@ from oracles import VARIANTS, once
 
 import optaxclip as oc
 
-every_variant = pytest.mark.parametrize("row", VARIANTS.values(), ids=VARIANTS)
 X, Y = trees.normal(16, 4, scale=3.0), trees.normal(16, 2, scale=30.0)
 
 
@@ -24,53 +23,31 @@ def standard_promotion():
         yield
 
 
-@every_variant
-def test_masked_equals_the_subset(row):
-    """A masked clip does to the masked leaves what it does to a tree of them alone."""
-    grads = trees.floats()
-    mask = {name: name in ("dense", "bias") for name in grads}
-    subset = {name: grads[name] for name in ("dense", "bias")}
+@pytest.mark.parametrize("name", [name for name in VARIANTS if " " in name])
+def test_masked_equals_the_subset(name):
+    """With options that look at orders, axes and paths too, masked leaves are clipped as alone."""
+    row, grads = VARIANTS[name], trees.floats()
+    mask = {leaf: leaf in ("conv", "bias") for leaf in grads}
+    subset = {leaf: grads[leaf] for leaf in ("conv", "bias")}
 
     updates, _ = once(optax.masked(row.make(), mask), grads)
     expected, _ = once(row.make(), subset)
 
-    for name, g in grads.items():
-        trees.assert_same_bits(updates[name], expected.get(name, g))
-
-
-@every_variant
-@pytest.mark.usefixtures("standard_promotion")
-def test_multi_steps_clips_the_mean(row):
-    """Inside MultiSteps the mean of the microbatches is clipped, once."""
-    grads = [trees.floats(seed=i) for i in range(2)]
-    mean = jax.tree.map(lambda a, b: (a + b) / 2, *grads)
-    tx = optax.MultiSteps(row.make(), every_k_schedule=2)
-    state = tx.init(grads[0])
-
-    _, state = tx.update(grads[0], state, mean)
-    updates, state = tx.update(grads[1], state, mean)
-
-    expected, _ = once(row.make(), mean)
-    trees.assert_close(updates, expected, rtol=2e-6, atol=1e-7)
-    assert int(oc.metrics(state)["steps"]) == 1
+    for leaf, g in grads.items():
+        trees.assert_same_bits(updates[leaf], expected.get(leaf, g))
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if hasattr(oc, name)])
 @pytest.mark.usefixtures("standard_promotion")
-def test_inject_hyperparams(name):
-    """Every variant can have its threshold injected, jitted and eager, in bfloat16 too."""
-    make = getattr(oc, name)
-    tx = optax.inject_hyperparams(make)()
-    for dtype in (jnp.float32, jnp.bfloat16):
-        grads = trees.floats(dtype=dtype)
-        state = tx.init(grads)
-        expected, _ = once(make(), grads)
-        jitted, _ = jax.jit(tx.update)(grads, state, grads)
-        eager, _ = tx.update(grads, state, grads)
-        for updates in (jitted, eager):
-            # In a bfloat16 model Optax makes the threshold itself a bfloat16.
-            tolerance = 2e-6 if dtype == jnp.float32 else 2 * 2.0**-8
-            trees.assert_close(trees.float64(updates), trees.float64(expected), rtol=tolerance)
+def test_inject_hyperparams_in_bfloat16(name):
+    """In a bfloat16 model, where Optax makes the threshold a bfloat16, it clips nearly alike."""
+    make, grads = getattr(oc, name), trees.floats(dtype=jnp.bfloat16)
+    injected = optax.inject_hyperparams(make)()
+
+    updates, expected = jax.jit(lambda g: [once(tx, g)[0] for tx in (injected, make())])(grads)
+
+    # One rounding of the threshold, one of the result.
+    trees.assert_close(trees.float64(updates), trees.float64(expected), rtol=2 * 2.0**-8)
 
 
 @pytest.mark.usefixtures("standard_promotion")
@@ -142,26 +119,6 @@ def test_nnx_optimizer():
         oc.metrics(nnx.state(optimizer))
     assert all(type(x) is type(jnp.zeros(())) for x in found.values())
     assert {k: v.item() for k, v in found.items()} == {k: v.item() for k, v in inside.items()}
-
-
-@pytest.mark.usefixtures("standard_promotion")
-def test_equinox_filtered_gradients():
-    """Equinox gradients, with None for what is no parameter, are clipped."""
-    eqx = pytest.importorskip("equinox")
-    model = eqx.nn.MLP(4, 2, 8, 1, key=jax.random.key(0))
-    tx = optax.chain(oc.clip_by_global_norm(0.5), oc.adaptive_grad_clip(), optax.sgd(0.1))
-    state = tx.init(eqx.filter(model, eqx.is_array))
-
-    @eqx.filter_jit
-    def step(model, state):
-        grads = eqx.filter_grad(lambda m: jnp.mean((jax.vmap(m)(X) - Y) ** 2))(model)
-        updates, state = tx.update(grads, state, eqx.filter(model, eqx.is_array))
-        return eqx.apply_updates(model, updates), state
-
-    model, state = step(model, state)
-
-    assert oc.metrics(state)["0/norm"] > 0.5
-    assert oc.metrics(state)["0/clipped_norm"] == pytest.approx(0.5, rel=1e-6, abs=0)
 
 
 @pytest.mark.usefixtures("standard_promotion")

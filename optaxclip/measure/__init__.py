@@ -22,6 +22,13 @@ and `stacked(measure, axes)` measures each layer of scan-stacked parameters alon
 Norms are () or small arrays, float32 (float64 for float64 leaves). `None`, integer, bool and
 float0 leaves have been taken out of `grads` before a measure sees it.
 
+Under `jit`, arrays are whole on any mesh, and there is nothing to say. Inside `jax.shard_map`, a
+leaf is one device's shard; norms are summed over the axes along which JAX knows it to vary, so that
+a leaf that is the same everywhere counts once. `axis_name=` says it where JAX does not: in `pmap`
+and with check_vma=False, and for units, which may lie within a shard or across several. It is a
+name, a tuple of names, () for a leaf that is not split, or a function (path, leaf) -> one of these,
+with paths as "encoder/kernel". Left out where it is needed, it is an error.
+
 Your own measure is `Measure(norms, spread)`, where norms are positively homogeneous:
 norms(c g) = |c| norms(g).
 """

@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaxclip._numbers import real_dtype, where_positive, widen
+from optaxclip._numbers import largest, real_dtype, where_positive, widen
 
+from . import shards
 from .base import Axes, Measure, Tree
+from .shards import Names
 
 # A NumPy integer, because optax.inject_hyperparams turns Python numbers, defaults included, into
 # traced arrays, and the order of a norm shapes the program.
@@ -31,7 +33,7 @@ LOW = 2.0**-30
 LIFT, DROP = 2.0**64, 2.0**-64
 
 
-def p_norm(x: jax.Array, ord: float, axes: Axes | None = None) -> jax.Array:
+def p_norm(x: jax.Array, ord: float, axes: Axes | None = None, over: Names = ()) -> jax.Array:
     """The p-norm over `axes` (all of them if None), which stay with size 1.
 
     Its derivative is finite everywhere, at zero too, where that of a plain square root is not.
@@ -40,11 +42,12 @@ def p_norm(x: jax.Array, ord: float, axes: Axes | None = None) -> jax.Array:
       x: any shape, any float or complex dtype.
       ord: p >= 1, or inf.
       axes: the axes to reduce.
+      over: the mesh axes over which what is reduced is split.
 
     Returns:
       float32, or float64 where x is float64 or complex128.
     """
-    return root(power_sum(x, ord, axes), ord)
+    return root(joined(power_sum(x, ord, axes), ord, over), ord)
 
 
 def power_sum(x: jax.Array, ord: float, axes: Axes | None = None) -> jax.Array:
@@ -58,14 +61,38 @@ def power_sum(x: jax.Array, ord: float, axes: Axes | None = None) -> jax.Array:
     size = jnp.abs(x)
     if ord == 1:
         return jnp.sum(size, axes, keepdims=True)
-    peak = jnp.max(size, axes, keepdims=True, initial=0)
+    peak = largest(size, axes)
     if ord == math.inf:
         return peak
-    # Powers leave the float range early (1e10^4), so sum those of size/peak. The norm does not
-    # depend on the peak that is divided out and multiplied back: no derivative through it.
+    raised, peak = _raised(size, peak, ord)
+    return peak * _pth_root(jnp.sum(raised, axes, keepdims=True), ord)
+
+
+def joined(sums: jax.Array, ord: float, over: Names) -> jax.Array:
+    """The power sums of whole groups, of those of their shards, entry by entry."""
+    if not over:
+        return sums
+    if ord in (1, EUCLIDEAN):
+        return shards.total(sums, over)
+    peak = shards.largest(sums, over)
+    if ord == math.inf:
+        return peak
+    raised, peak = _raised(sums, peak, ord)
+    return peak * _pth_root(shards.total(raised, over), ord)
+
+
+def _raised(size: jax.Array, peak: jax.Array, ord: float) -> tuple[jax.Array, jax.Array]:
+    """(size / peak)^p, and the peak that a norm made of these is in units of.
+
+    Powers leave the float range early (1e10^4). The norm does not depend on the peak that is
+    divided out and multiplied back: no derivative through it.
+    """
     peak = jax.lax.stop_gradient(jnp.where((peak > 0) & jnp.isfinite(peak), peak, 1))
-    total = jnp.sum((size / peak) ** float(ord), axes, keepdims=True)
-    return peak * where_positive(lambda safe: safe ** (1 / float(ord)), total)
+    return (size / peak) ** float(ord), peak
+
+
+def _pth_root(total: jax.Array, ord: float) -> jax.Array:
+    return where_positive(lambda safe: safe ** (1 / float(ord)), total)
 
 
 def root(total: jax.Array, ord: float) -> jax.Array:
@@ -99,10 +126,11 @@ def in_range(measure: Measure, grads: Tree, params: Tree) -> Tree:
 
     small = jnp.any(jnp.stack([jnp.any(norm < LOW) for norm in leaves]))
     large = jnp.any(jnp.stack([jnp.any(~jnp.isfinite(norm)) for norm in leaves]))
+    needed = shards.anywhere(jnp.stack([small, large]))  # there may be collectives in a branch
     # Hidden from XLA, which would make (x * power) * (x * power) into (x * x) * power^2.
     powers = jax.lax.optimization_barrier(jnp.array([LIFT, DROP], jnp.float32))
     # A scan, because it is compiled once for both powers.
-    _, scaled = jax.lax.scan(again, None, (powers, jnp.stack([small, large])))
+    _, scaled = jax.lax.scan(again, None, (powers, needed))
     return jax.tree.map(_best, norms, scaled)
 
 

@@ -12,6 +12,7 @@ from optaxclip._numbers import as_like, quotient, widen
 
 from .arithmetic import in_range
 from .base import Axes, AxisRule, Measure, Tree, merge, places, resolve, split
+from .shards import STACK
 
 
 def by_label(labels: Tree, measure: Measure) -> Measure:
@@ -39,12 +40,14 @@ def by_label(labels: Tree, measure: Measure) -> Measure:
       >>> m.by_label(lambda path: path, m.global_norm()).norms(grads, None)
       {'encoder': Array(5., dtype=float32), 'head': Array(2., dtype=float32)}
     """
+    _check.labels(labels=labels)
     _check.instance(Measure, "measure.global_norm()", measure=measure)
 
     def keys(grads: Tree) -> list[str]:
         if callable(labels):
             found = [labels(path) for path, _ in places(grads)]
         else:
+            _check.prefix(grads, labels=labels)
             found = jax.tree.leaves(jax.tree.broadcast(labels, grads))
         for label in found:
             _check.instance(str, "'encoder'", label=label)
@@ -228,12 +231,13 @@ def _present(grads: Tree, params: Tree) -> Tree:
     if params is None and jax.tree.leaves(grads):
         message = "a relative norm needs the parameters: call update(grads, state, params)"
         raise ValueError(message)
+    _check.alike(grads, "the gradients", params=params)
     return params
 
 
 def _each_layer(fun: Callable[..., Tree], stack: str) -> Callable[..., Tree]:
     for _ in stack.split("x") if stack else ():
-        fun = jax.vmap(fun)
+        fun = jax.vmap(fun, axis_name=STACK)
     return fun
 
 

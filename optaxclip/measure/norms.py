@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -11,21 +10,24 @@ import jax.numpy as jnp
 from optaxclip import _check
 from optaxclip._numbers import widen
 
-from .arithmetic import EUCLIDEAN, p_norm, power_sum, root
+from .arithmetic import EUCLIDEAN, joined, p_norm, power_sum, root
 from .base import Axes, AxisRule, Measure, Tree, places, resolve
+from .shards import AxisName, count, split_over
 
 
-def global_norm(ord: float = EUCLIDEAN) -> Measure:
+def global_norm(ord: float = EUCLIDEAN, *, axis_name: AxisName = None) -> Measure:
     """One norm for the whole tree: ||G||_p = (sum_i |g_i|^p)^(1/p).
 
     Args:
       ord: p, a real number >= 1 or inf; static.
+      axis_name: the mesh axes that leaves are split over, see the module; None: those that JAX
+        tracks.
 
     Returns:
       A measure whose norms are one () array.
 
     Raises:
-      TypeError, ValueError: if `ord` is not such a number.
+      TypeError, ValueError: if an argument is not such.
 
     Example:
       >>> import jax.numpy as jnp, optaxclip
@@ -38,10 +40,11 @@ def global_norm(ord: float = EUCLIDEAN) -> Measure:
       arXiv:1211.5063, algorithm 1.
     """
     _check.order(ord=ord)
+    _check.axis_name(axis_name=axis_name)
 
     def norms(grads: Tree, params: Tree) -> jax.Array:
         del params
-        leaves = _vector(power_sum(g, ord) for g in jax.tree.leaves(grads))
+        leaves = _leaves(grads, ord, axis_name)
         # The norm of a tree is the norm of its leaves' norms; squares need only be added up.
         total = jnp.sum(leaves) if ord == EUCLIDEAN else power_sum(leaves, ord).reshape(())
         return root(total, ord)
@@ -49,18 +52,20 @@ def global_norm(ord: float = EUCLIDEAN) -> Measure:
     return Measure(norms, lambda factors, grads: factors, sums=ord != math.inf)
 
 
-def leaf_norm(ord: float = EUCLIDEAN) -> Measure:
+def leaf_norm(ord: float = EUCLIDEAN, *, axis_name: AxisName = None) -> Measure:
     """One norm for each leaf.
 
     Args:
       ord: p, a real number >= 1 or inf; static.
+      axis_name: the mesh axes that leaves are split over, see the module; None: those that JAX
+        tracks.
 
     Returns:
       A measure whose norms are one vector with an entry per float leaf, so that a threshold on
       all of them is one kernel.
 
     Raises:
-      TypeError, ValueError: if `ord` is not such a number.
+      TypeError, ValueError: if an argument is not such.
 
     Example:
       >>> import jax.numpy as jnp, optaxclip
@@ -69,19 +74,27 @@ def leaf_norm(ord: float = EUCLIDEAN) -> Measure:
       Array([4., 5.], dtype=float32)
     """
     _check.order(ord=ord)
+    _check.axis_name(axis_name=axis_name)
 
     def norms(grads: Tree, params: Tree) -> jax.Array:
         del params
-        return root(_vector(power_sum(g, ord) for g in jax.tree.leaves(grads)), ord)
+        return root(_leaves(grads, ord, axis_name), ord)
 
     return Measure(norms, _one_per_leaf, sums=ord != math.inf)
 
 
-def leaf_rms() -> Measure:
+def leaf_rms(*, axis_name: AxisName = None) -> Measure:
     """One root mean square for each leaf: RMS(g) = ||g||_2 / sqrt(n).
+
+    Args:
+      axis_name: the mesh axes that leaves are split over, see the module; None: those that JAX
+        tracks.
 
     Returns:
       A measure whose norms are one vector with an entry per float leaf; 0 for a zero-size leaf.
+
+    Raises:
+      TypeError: if `axis_name` is not such.
 
     Example:
       >>> import jax.numpy as jnp, optaxclip
@@ -91,24 +104,33 @@ def leaf_rms() -> Measure:
     Reference:
       Shazeer, Stern, Adafactor, arXiv:1804.04235, section 6 (update clipping).
     """
-    return _per_entry(0.5)
+    return _per_entry(0.5, axis_name)
 
 
-def leaf_mean() -> Measure:
+def leaf_mean(*, axis_name: AxisName = None) -> Measure:
     """One average norm for each leaf: ||g||_2 / n, TensorFlow's `clip_by_average_norm`.
+
+    Args:
+      axis_name: the mesh axes that leaves are split over, see the module; None: those that JAX
+        tracks.
 
     Returns:
       A measure whose norms are one vector with an entry per float leaf; 0 for a zero-size leaf.
+
+    Raises:
+      TypeError: if `axis_name` is not such.
 
     Example:
       >>> import jax.numpy as jnp, optaxclip
       >>> optaxclip.measure.leaf_mean().norms(jnp.array([3.0, 4.0, 0.0, 0.0]), None)
       Array([1.25], dtype=float32)
     """
-    return _per_entry(1.0)
+    return _per_entry(1.0, axis_name)
 
 
-def unit_norm(axis: AxisRule = None, ord: float = EUCLIDEAN) -> Measure:
+def unit_norm(
+    axis: AxisRule = None, ord: float = EUCLIDEAN, *, axis_name: AxisName = None
+) -> Measure:
     """One norm for each unit of a leaf: the weights into one output neuron or filter.
 
     Args:
@@ -118,13 +140,15 @@ def unit_norm(axis: AxisRule = None, ord: float = EUCLIDEAN) -> Measure:
         or 1 is one unit. A function (path, leaf) -> one of these, asked at rank >= 2, for trees
         in which kernels of one rank mean different things; path is as "encoder/kernel".
       ord: p, a real number >= 1 or inf; static.
+      axis_name: the mesh axes that units are split over, see the module; () where every shard
+        holds whole units. None only does where a leaf is one unit, or is not split.
 
     Returns:
       A measure whose norms are a list with one array per float leaf, of the leaf's rank, where
       the summed axes have size 1.
 
     Raises:
-      TypeError, ValueError: if `axis` or `ord` is not one of these; at init, if a leaf lacks the
+      TypeError, ValueError: if an argument is not one of these; at init, if a leaf lacks the
         axis, or has rank > 5 and `axis` is None.
 
     Example:
@@ -151,10 +175,16 @@ def unit_norm(axis: AxisRule = None, ord: float = EUCLIDEAN) -> Measure:
     """
     _check.axes(axis=axis)
     _check.order(ord=ord)
+    _check.axis_name(axis_name=axis_name)
+
+    def norm(path: str, g: jax.Array) -> jax.Array:
+        axes = _unit_axes(axis, path, g)
+        over = split_over(axis_name, path, g, group=len(axes) == g.ndim)
+        return p_norm(g, ord, axes, over)
 
     def norms(grads: Tree, params: Tree) -> list[jax.Array]:
         del params
-        return [p_norm(g, ord, _unit_axes(axis, path, g)) for path, g in places(grads)]
+        return [norm(path, g) for path, g in places(grads)]
 
     return Measure(norms, _like_leaves, sums=ord != math.inf)
 
@@ -179,23 +209,34 @@ def element() -> Measure:
     return Measure(norms, _like_leaves, sums=False)
 
 
-def _per_entry(power: float) -> Measure:
+def _per_entry(power: float, axis_name: AxisName) -> Measure:
     """The Euclidean norm of each leaf over the number of its entries to some power."""
-    leafwise = leaf_norm()
+    leafwise = leaf_norm(axis_name=axis_name)
+
+    def entries(path: str, g: jax.Array) -> int:
+        return max(g.size, 1) * count(split_over(axis_name, path, g))
 
     def norms(grads: Tree, params: Tree) -> jax.Array:
-        counts = [max(g.size, 1) ** power for g in jax.tree.leaves(grads)]
+        counts = [entries(path, g) ** power for path, g in places(grads)]
         sizes = leafwise.norms(grads, params)
         return sizes / jnp.asarray(counts, sizes.dtype)
 
     return Measure(norms, leafwise.spread)
 
 
-def _vector(norms: Iterable[jax.Array]) -> jax.Array:
-    norms = [norm.reshape(()) for norm in norms]
-    wide = any(norm.dtype == jnp.float64 for norm in norms)
+def _leaves(grads: Tree, ord: float, axis_name: AxisName) -> jax.Array:
+    """The power sums of all leaves as one vector."""
+    wide = any(widen(g).dtype in (jnp.float64, jnp.complex128) for g in jax.tree.leaves(grads))
     dtype = jnp.float64 if wide else jnp.float32
-    return jnp.stack([x.astype(dtype) for x in norms]) if norms else jnp.zeros(0, dtype)
+    sums = [power_sum(g, ord).reshape(()).astype(dtype) for g in jax.tree.leaves(grads)]
+    over = [split_over(axis_name, path, g) for path, g in places(grads)]
+    # One collective for all leaves that are split over the same axes.
+    for names in sorted(set(over) - {()}):
+        those = [i for i, own in enumerate(over) if own == names]
+        whole = jnp.unstack(joined(jnp.stack([sums[i] for i in those]), ord, names))
+        for i, x in zip(those, whole, strict=True):
+            sums[i] = x
+    return jnp.stack(sums) if sums else jnp.zeros(0, dtype)
 
 
 def _one_per_leaf(factors: jax.Array, grads: Tree) -> Tree:

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optaxclip._range import Steps
+
 Memory = Any
 
 
@@ -22,7 +24,7 @@ class Threshold(NamedTuple):
 class Clock(NamedTuple):
     """Steps that were taken, good or bad: the one part of a memory that a bad norm moves on."""
 
-    step: jax.Array  # () int32, calls of update so far; stays at its largest value
+    step: Steps  # () int32, calls of update so far; stays at its largest value
 
 
 def zeros_for(norm: Any, dtype: Any = jnp.float32, *, length: int | None = None) -> jax.Array:

@@ -52,6 +52,8 @@ def constant(limit: Limit) -> Threshold:
 
 def _scheduled(schedule: Callable[[jax.Array], Any]) -> Threshold:
     def update(norm: jax.Array, memory: Memory) -> tuple[jax.Array, Memory]:
-        return jnp.full_like(norm, schedule(memory.step)), ticked(memory)
+        limit = schedule(memory.step)
+        _check.scheduled(limit)
+        return jnp.full_like(norm, limit), ticked(memory)
 
     return Threshold(lambda norm: started(), update)

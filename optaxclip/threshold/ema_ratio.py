@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from optaxclip import _check
 from optaxclip._numbers import as_like
+from optaxclip._range import Count, Norm
 
 from . import averages
 from .base import Threshold, zeros_for
@@ -17,8 +18,12 @@ from .base import Threshold, zeros_for
 class EmaRatioMemory(NamedTuple):
     """The running average, and how far the warm-up is."""
 
-    average: jax.Array  # as the norm, float32, gamma
-    seen: jax.Array  # as the norm, int32, norms learned; stays at `warmup`
+    average: Norm  # as the norm, float32, gamma
+    seen: Count  # as the norm, int32, norms learned; stays at `warmup`
+
+    def laws(self) -> dict[str, jax.Array]:
+        """What ties the fields together."""
+        return {"average is 0 where seen is 0": (self.seen > 0) | (self.average == 0)}
 
 
 def ema_ratio(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from optaxclip import _check
 from optaxclip._numbers import as_like
+from optaxclip._range import Norm
 
 from .base import Threshold, zeros_for
 
@@ -16,7 +17,7 @@ from .base import Threshold, zeros_for
 class GrowthMemory(NamedTuple):
     """What the last norm became."""
 
-    previous: jax.Array  # as the norm, float32, after clipping; 0 before the first
+    previous: Norm  # as the norm, float32, after clipping; 0 before the first
 
 
 def growth(max_growth: float | jax.Array, *, floor: float | jax.Array = 0.0) -> Threshold:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip import _check
+from optaxclip._range import Count, Norm
 
 from . import averages
 from .base import Threshold, zeros_for
@@ -18,9 +19,14 @@ from .base import Threshold, zeros_for
 class MomentRatioMemory(NamedTuple):
     """Running first and second moment of the norms, and how many are in them."""
 
-    mean: jax.Array  # as the norm, float32, m
-    root: jax.Array  # as the norm, float32, sqrt(v)
-    seen: jax.Array  # as the norm, int32, t, norms learned
+    mean: Norm  # as the norm, float32, m
+    root: Norm  # as the norm, float32, sqrt(v)
+    seen: Count  # as the norm, int32, t, norms learned
+
+    def laws(self) -> dict[str, jax.Array]:
+        """What ties the fields together."""
+        nothing = (self.mean == 0) & (self.root == 0)
+        return {"mean and root are 0 where seen is 0": (self.seen > 0) | nothing}
 
 
 def moment_ratio(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from optaxclip import _check
 from optaxclip._numbers import as_like
+from optaxclip._range import Count, Range
 
 from .base import Threshold, zeros_for
 
@@ -16,8 +17,12 @@ from .base import Threshold, zeros_for
 class QuantileMemory(NamedTuple):
     """The estimate, and whether there is one."""
 
-    estimate: jax.Array  # as the norm, float32
-    seen: jax.Array  # as the norm, int32, norms learned; stays at `warmup`
+    estimate: Annotated[jax.Array, Range(0)]  # as the norm, float32
+    seen: Count  # as the norm, int32, norms learned; stays at `warmup`
+
+    def laws(self) -> dict[str, jax.Array]:
+        """What ties the fields together."""
+        return {"estimate is 0 where seen is 0": (self.seen > 0) | (self.estimate == 0)}
 
 
 def quantile(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from optaxclip import _check
 from optaxclip._numbers import as_like, leading
+from optaxclip._range import Count
 
 from .base import Clock, Memory, Threshold, zeros_for
 
@@ -18,7 +19,7 @@ class RelearningMemory(NamedTuple):
 
     all: Memory  # of every norm
     run: Memory  # of the latest norms in a row that were above the limit
-    length: jax.Array  # as the norm, int32, how many those are
+    length: Count  # as the norm, int32, how many those are
 
 
 def relearning(threshold: Threshold, *, patience: float | jax.Array = 25) -> Threshold:

@@ -10,6 +10,7 @@ import optax
 
 from optaxclip import _check
 from optaxclip._numbers import as_like
+from optaxclip._range import Count, Norm
 
 from . import averages
 from .base import Threshold, zeros_for
@@ -21,8 +22,12 @@ CAP = 10  # deviations; see `feed`
 class SecondMomentMemory(NamedTuple):
     """The root of the running mean square, and how many norms are in it."""
 
-    root: jax.Array  # as the norm, float32, sqrt(v), which starts from 0 and is biased to it
-    seen: jax.Array  # as the norm, int32, t, norms learned
+    root: Norm  # as the norm, float32, sqrt(v), which starts from 0 and is biased to it
+    seen: Count  # as the norm, int32, t, norms learned
+
+    def laws(self) -> dict[str, jax.Array]:
+        """What ties the fields together."""
+        return {"root is 0 where seen is 0": (self.seen > 0) | (self.root == 0)}
 
 
 def second_moment(

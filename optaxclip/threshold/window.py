@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from optaxclip._numbers import as_like, where_positive
+from optaxclip._range import Count, Range
 
 from .base import zeros_for
 
@@ -18,8 +19,13 @@ NORMAL = 1.4826
 class Window(NamedTuple):
     """The latest norms of every group."""
 
-    norms: jax.Array  # (length, *shape of the norm) float32, latest first; 0 where none was yet
-    seen: jax.Array  # as the norm, int32, how many there are; at most the length
+    # (length, *shape of the norm) float32, latest first; 0 where none was yet
+    norms: Annotated[jax.Array, Range(0, 2.0**64, front=1)]
+    seen: Count  # as the norm, int32, how many there are; at most the length
+
+    def laws(self) -> dict[str, jax.Array]:
+        """What ties the fields together."""
+        return {"norms are > 0 up to seen, and 0 beyond": _filled(self)}
 
 
 def empty(length: int, norm: Any) -> Window:
@@ -60,6 +66,17 @@ def quantile(window: Window, q: Any) -> jax.Array:
     low, high = (_at(norms, i) for i in (index, jnp.minimum(index + 1, last)))
     between = low + (place - below) * (high - low)
     return jnp.where(window.seen > 0, between, 0)
+
+
+def _filled(window: Window) -> jax.Array:
+    """Whether the norms are those that `seen` counts, along any axis: `vmap` puts more in front."""
+    there, seen, fits = window.norms > 0, window.seen, jnp.zeros((), bool)
+    for axis, length in enumerate(there.shape):
+        if there.shape[:axis] + there.shape[axis + 1 :] == seen.shape:
+            places = jax.lax.broadcasted_iota(jnp.int32, there.shape, axis)
+            within = (seen >= 0) & (seen <= length)
+            fits |= jnp.all((places < jnp.expand_dims(seen, axis)) == there) & jnp.all(within)
+    return fits
 
 
 def _there(window: Window) -> jax.Array:

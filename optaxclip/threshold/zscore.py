@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from optaxclip import _check
 from optaxclip._numbers import as_like, leading
+from optaxclip._range import Norm
 
 from . import averages
 from .base import Threshold, zeros_for
@@ -23,8 +24,13 @@ class ZScoreMemory(NamedTuple):
     """Running mean and deviation, and the first norms that they start from."""
 
     first: Window  # the norms of the warm-up
-    mean: jax.Array  # as the norm, float32, mu
-    deviation: jax.Array  # as the norm, float32, sigma
+    mean: Norm  # as the norm, float32, mu
+    deviation: Norm  # as the norm, float32, sigma
+
+    def laws(self) -> dict[str, jax.Array]:
+        """What ties the fields together."""
+        nothing = (self.mean == 0) & (self.deviation == 0)
+        return {"mean and deviation are 0 where none was seen": (self.first.seen > 0) | nothing}
 
 
 def zscore(

@@ -15,6 +15,7 @@ from optaxclip import _check, measure
 from optaxclip._clip import clip
 from optaxclip.measure.arithmetic import EUCLIDEAN
 from optaxclip.measure.base import AxisRule
+from optaxclip.measure.shards import AxisName
 from optaxclip.threshold import constant
 from optaxclip.threshold.constant import Limit
 
@@ -55,6 +56,7 @@ def clip_by_norm(
     max_norm: Limit = 1.0,
     *,
     ord: float = EUCLIDEAN,
+    axis_name: AxisName = None,
     nonfinite: str = "zero",
     record: bool = True,
 ) -> optax.GradientTransformation:
@@ -66,6 +68,8 @@ def clip_by_norm(
     Args:
       max_norm: c >= 0, the largest norm of a leaf.
       ord: p, a real number >= 1 or inf; static.
+      axis_name: mesh axes that leaves are split over, where JAX does not track it, see
+        :mod:`optaxclip.measure`.
       nonfinite: policy for leaves whose norm is not finite.
       record: whether to keep metrics.
 
@@ -83,13 +87,15 @@ def clip_by_norm(
       {'b': Array([0.5], dtype=float32), 'w': Array([0.6, 0.8], dtype=float32)}
     """
     _check.limit(max_norm=max_norm)
-    return clip(measure.leaf_norm(ord), constant(max_norm), nonfinite=nonfinite, record=record)
+    norms = measure.leaf_norm(ord, axis_name=axis_name)
+    return clip(norms, constant(max_norm), nonfinite=nonfinite, record=record)
 
 
 def clip_by_global_norm(
     max_norm: Limit = 1.0,
     *,
     ord: float = EUCLIDEAN,
+    axis_name: AxisName = None,
     nonfinite: str = "zero",
     record: bool = True,
 ) -> optax.GradientTransformation:
@@ -100,6 +106,8 @@ def clip_by_global_norm(
     Args:
       max_norm: c >= 0, the largest norm of the tree.
       ord: p, a real number >= 1 or inf; static.
+      axis_name: mesh axes that leaves are split over, where JAX does not track it, see
+        :mod:`optaxclip.measure`.
       nonfinite: policy for a tree whose norm is not finite.
       record: whether to keep metrics.
 
@@ -121,11 +129,16 @@ def clip_by_global_norm(
       arXiv:1211.5063, algorithm 1.
     """
     _check.limit(max_norm=max_norm)
-    return clip(measure.global_norm(ord), constant(max_norm), nonfinite=nonfinite, record=record)
+    norm = measure.global_norm(ord, axis_name=axis_name)
+    return clip(norm, constant(max_norm), nonfinite=nonfinite, record=record)
 
 
 def clip_by_block_rms(
-    threshold: Limit = 1.0, *, nonfinite: str = "zero", record: bool = True
+    threshold: Limit = 1.0,
+    *,
+    axis_name: AxisName = None,
+    nonfinite: str = "zero",
+    record: bool = True,
 ) -> optax.GradientTransformation:
     """Bounds the root mean square of every leaf: u = g / max(1, RMS(g) / d).
 
@@ -134,6 +147,8 @@ def clip_by_block_rms(
 
     Args:
       threshold: d >= 0, the largest root mean square of a leaf.
+      axis_name: mesh axes that leaves are split over, where JAX does not track it, see
+        :mod:`optaxclip.measure`.
       nonfinite: policy for leaves whose norm is not finite.
       record: whether to keep metrics.
 
@@ -155,11 +170,16 @@ def clip_by_block_rms(
       arXiv:1804.04235, section 6.
     """
     _check.limit(threshold=threshold)
-    return clip(measure.leaf_rms(), constant(threshold), nonfinite=nonfinite, record=record)
+    norms = measure.leaf_rms(axis_name=axis_name)
+    return clip(norms, constant(threshold), nonfinite=nonfinite, record=record)
 
 
 def clip_by_average_norm(
-    max_norm: Limit = 1.0, *, nonfinite: str = "zero", record: bool = True
+    max_norm: Limit = 1.0,
+    *,
+    axis_name: AxisName = None,
+    nonfinite: str = "zero",
+    record: bool = True,
 ) -> optax.GradientTransformation:
     """Bounds the average norm of every leaf: u = g min(1, c / (||g||_2 / n)).
 
@@ -168,6 +188,8 @@ def clip_by_average_norm(
 
     Args:
       max_norm: c >= 0, the largest average norm of a leaf.
+      axis_name: mesh axes that leaves are split over, where JAX does not track it, see
+        :mod:`optaxclip.measure`.
       nonfinite: policy for leaves whose norm is not finite.
       record: whether to keep metrics.
 
@@ -185,7 +207,8 @@ def clip_by_average_norm(
       Array([ 0.6, -0.8], dtype=float32)
     """
     _check.limit(max_norm=max_norm)
-    return clip(measure.leaf_mean(), constant(max_norm), nonfinite=nonfinite, record=record)
+    norms = measure.leaf_mean(axis_name=axis_name)
+    return clip(norms, constant(max_norm), nonfinite=nonfinite, record=record)
 
 
 def adaptive_grad_clip(
@@ -196,6 +219,7 @@ def adaptive_grad_clip(
     per_tensor: bool = False,
     stacked: AxisRule = None,
     mask: Any = None,
+    axis_name: AxisName = None,
     nonfinite: str = "zero",
     record: bool = True,
 ) -> optax.GradientTransformation:
@@ -217,6 +241,8 @@ def adaptive_grad_clip(
         :func:`optaxclip.measure.stacked`; `axis` then counts the axes that remain.
       mask: which leaves are clipped, as a tree of bools or a function params -> tree. The paper
         leaves the last layer out. (`optax.inject_hyperparams` wants functions in static_args.)
+      axis_name: mesh axes that units are split over, inside `pmap` and `shard_map`, see
+        :func:`optaxclip.measure.unit_norm`.
       nonfinite: policy for units whose relative norm is not finite.
       record: whether to keep metrics.
 
@@ -249,9 +275,12 @@ def adaptive_grad_clip(
     if per_tensor and axis is not None:
         message = f"axis must be None with per_tensor=True; got {axis!r}"
         raise ValueError(message)
-    units = measure.leaf_norm() if per_tensor else measure.unit_norm(axis)
+    if per_tensor:
+        units = measure.leaf_norm(axis_name=axis_name)
+    else:
+        units = measure.unit_norm(axis, axis_name=axis_name)
     if stacked is not None:
         units = measure.stacked(units, stacked)
     ratio = measure.relative(units, eps)
     tx = clip(ratio, constant(clipping), nonfinite=nonfinite, record=record)
-    return tx if mask is None else optax.masked(tx, mask)
+    return tx if mask is None else optax.masked(tx, _check.masking(mask))

@@ -12,12 +12,17 @@ from optaxclip import _check, threshold
 from optaxclip import measure as measures
 from optaxclip._clip import clip
 from optaxclip.measure import Measure
+from optaxclip.measure.shards import AxisName
 from optaxclip.scale import normalize
 from optaxclip.threshold.constant import Limit
 
 
 def normalize_by_global_norm(
-    norm: Limit = 1.0, *, nonfinite: str = "zero", record: bool = True
+    norm: Limit = 1.0,
+    *,
+    axis_name: AxisName = None,
+    nonfinite: str = "zero",
+    record: bool = True,
 ) -> optax.GradientTransformation:
     """Gives the whole tree one norm: U = c G / ||G||_2, small gradients enlarged too.
 
@@ -25,6 +30,8 @@ def normalize_by_global_norm(
 
     Args:
       norm: c >= 0, the norm of every update; inf leaves gradients as they are.
+      axis_name: mesh axes that leaves are split over, where JAX does not track it, see
+        :mod:`optaxclip.measure`.
       nonfinite: policy for a tree whose norm is not finite.
       record: whether to keep metrics.
 
@@ -46,7 +53,7 @@ def normalize_by_global_norm(
     """
     _check.limit(norm=norm)
     return clip(
-        measures.global_norm(),
+        measures.global_norm(axis_name=axis_name),
         threshold.constant(norm),
         normalize,
         nonfinite=nonfinite,

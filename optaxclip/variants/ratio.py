@@ -17,8 +17,9 @@ import optax
 from optaxclip import _check, threshold
 from optaxclip._clip import TOO_LARGE, clip
 from optaxclip.measure import Measure, global_norm, leaf_norm
-from optaxclip.measure.arithmetic import in_range
+from optaxclip.measure.shards import AxisName
 from optaxclip.record import ClipState
+from optaxclip.threshold import Threshold
 from optaxclip.threshold.constant import Limit
 
 from .adaptive import NEVER, PATIENCE, SHORT_WARMUP, Patience, adaptive
@@ -109,6 +110,7 @@ def adagc(
     patience: Patience = 100,
     measure: Measure | None = None,
     min_norm: Limit = 0.0,
+    axis_name: AxisName = None,
     nonfinite: str = "zero",
     record: bool = True,
 ) -> optax.GradientTransformation:
@@ -131,6 +133,8 @@ def adagc(
         never, as in the paper.
       measure: what a norm is of after the warm-up; None: each leaf.
       min_norm: the least limit after the warm-up: a number, a () array or a schedule.
+      axis_name: mesh axes that leaves are split over, where JAX does not track it, see
+        :mod:`optaxclip.measure`.
       nonfinite: policy for groups whose norm is not finite: of both clips, so that in the order of
         the paper one bad leaf makes a bad tree, after the warm-up too.
       record: whether to keep metrics.
@@ -163,12 +167,12 @@ def adagc(
     _check.limit(max_norm=max_norm)
     _check.steps(warmup=warmup)
     off, fixed = threshold.constant(math.inf), threshold.constant(max_norm)
-    early = threshold.until(warmup, fixed, off)
-    tree = clip(_learnable(global_norm()), early, nonfinite=nonfinite, record=record)
+    early = threshold.until(warmup, _wary(fixed), off)
+    tree = clip(global_norm(axis_name=axis_name), early, nonfinite=nonfinite, record=record)
     own = threshold.ema_ratio(ratio, decay=decay, warmup=warmup)
     leaf = adaptive(
         measure,
-        leaf_norm(),
+        leaf_norm(axis_name=axis_name),
         # A leaf that has seen zeros or NaN is not done with its warm-up when the global one ends.
         threshold.fallback(own, threshold.until(warmup, off, fixed)),
         patience=patience,
@@ -193,17 +197,17 @@ def adagc(
     return optax.GradientTransformation(init, update)
 
 
-def _learnable(measure: Measure) -> Measure:
-    """A measure to which a norm that no memory learns is inf, so that the update is dropped.
+def _wary(limited: Threshold) -> Threshold:
+    """A limit that drops a norm which no memory learns.
 
     Cut to norm 1, a leaf of 1e20 would leave the others with norms of 1e-20 to learn.
     """
 
-    def norms(grads: Any, params: Any) -> Any:
-        seen = in_range(measure, grads, params)
-        return jax.tree.map(lambda n: jnp.where(n < TOO_LARGE, n, jnp.inf), seen)
+    def update(norm: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
+        limit, memory = limited.update(norm, memory)
+        return jnp.where(norm < TOO_LARGE, limit, 0), memory
 
-    return Measure(norms, measure.spread, sums=False)
+    return Threshold(limited.init, update)
 
 
 def clip_by_norm_growth(

@@ -1,0 +1,137 @@
+"""shards -> whole: over which mesh axes a leaf is split, where a program sees one shard of it.
+
+Under `jit` an array is whole, however it is sharded, and nothing here is needed. Inside
+`jax.shard_map` and `jax.pmap` it is the shard of one device, and sums must go over the devices.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Names = tuple[str, ...]
+AxisName = str | Names | Callable[[str, jax.Array], str | Names | None] | None
+
+# The name of the axis along which `stacked` maps a measure.
+STACK = "optaxclip.stacked"
+
+
+def split_over(axis_name: AxisName, path: str, leaf: jax.Array, *, group: bool = True) -> Names:
+    """The mapped axes over which a leaf is split; none where arrays are whole.
+
+    Args:
+      axis_name: what the user said of it: names, or a function (path, leaf) -> names; None: those
+        that JAX tracks.
+      path: of the leaf, as "encoder/kernel".
+      leaf: its shard.
+      group: whether the whole leaf is of one group. Otherwise a shard may hold whole groups, or a
+        part of each, and JAX does not track which.
+
+    Returns:
+      Names of axes that are mapped here.
+
+    Raises:
+      ValueError: if None leaves it open, or a name is not that of a mapped axis.
+    """
+    named = axis_name(path, leaf) if callable(axis_name) else axis_name
+    mapped = _manual()
+    if named is None:
+        if any(not _is_tracked(name) for name in mapped):
+            raise ValueError(
+                f"inside pmap, or shard_map with check_vma=False, JAX does not track over which of "
+                f"the mapped axes {mapped} leaf {path!r} is split: say it by axis_name=, as "
+                f"{mapped[0]!r}, or () if every device holds the whole leaf"
+            )
+        names = varying(leaf)
+        if names and (not group or _is_bound(STACK)):
+            raise ValueError(
+                f"leaf {path!r} is split over the mapped axes {names}, within its groups or "
+                f"between them: say it by axis_name=, as {names[0]!r}, or () if every shard holds "
+                "whole groups"
+            )
+        return names
+    names = (named,) if isinstance(named, str) else tuple(named)
+    unknown = [name for name in names if not _is_bound(name)]
+    if unknown and mapped:
+        message = f"axis_name must name axes that are mapped here, {mapped}; got {unknown[0]!r}"
+        raise ValueError(message)
+    # A leaf that is the same on all devices counts once.
+    known = [name for name in names if name not in unknown]
+    return tuple(name for name in known if not _is_tracked(name) or name in varying(leaf))
+
+
+def total(x: jax.Array, names: Names) -> jax.Array:
+    """The sum over shards, entry by entry."""
+    return jax.lax.psum(x, names) if names else x
+
+
+def count(names: Names) -> int:
+    """How many shards there are."""
+    return math.prod(jax.lax.axis_size(name) for name in names)
+
+
+def largest(x: jax.Array, names: Names) -> jax.Array:
+    """The maximum over shards, entry by entry."""
+    return _largest(x, names) if names else x
+
+
+def anywhere(flag: jax.Array) -> jax.Array:
+    """A flag that is the same on all devices, so that they may branch on it: whether any has it."""
+    mapped = _manual()
+    names = varying(flag) if all(map(_is_tracked, mapped)) else mapped
+    return jax.lax.pmax(flag.astype(jnp.int32), names) > 0 if names else flag
+
+
+def varying(x: Any) -> Names:
+    """The mapped axes along which devices hold different values, as far as JAX tracks them."""
+    return tuple(sorted(jax.typeof(x).mat.varying))
+
+
+# jax.lax.pmax has no derivative, and that of floats drops NaN, see _numbers.largest.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _largest(x: jax.Array, names: Names) -> jax.Array:
+    return _in_order(jax.lax.pmax(_in_order(x), names))
+
+
+@_largest.defjvp
+def _largest_jvp(
+    names: Names, primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    value = _largest(primals[0], names)
+    mine = (primals[0] == value).astype(value.dtype)
+    return value, total(mine * tangents[0], names) / jnp.maximum(total(mine, names), 1)
+
+
+def _in_order(x: jax.Array) -> jax.Array:
+    """float32 or float64 as the integers that are ordered alike, NaN the largest; or back."""
+    bits = f"int{8 * x.dtype.itemsize}"
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return jax.lax.bitcast_convert_type(_reflected(x), bits.replace("int", "float"))
+    one_nan = jnp.where(jnp.isnan(x), jnp.full_like(x, jnp.nan), x)
+    return _reflected(jax.lax.bitcast_convert_type(one_nan, bits))
+
+
+def _reflected(bits: jax.Array) -> jax.Array:
+    """Negative floats count down from the sign bit, integers up."""
+    return jnp.where(bits < 0, bits ^ jnp.iinfo(bits.dtype).max, bits)
+
+
+def _manual() -> Names:
+    return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def _is_bound(name: str) -> bool:
+    try:
+        jax.lax.axis_size(name)
+    except NameError:
+        return False
+    return True
+
+
+def _is_tracked(name: str) -> bool:
+    return name in varying(jax.lax.axis_index(name))

@@ -1,0 +1,242 @@
+"""Deliberate faults, one at a time: does a test turn red?
+
+    python tests/mutants.py            all of them; the exit status is 1 if one lives
+    python tests/mutants.py psum nan   those with one of these words in their name
+
+Each fault is one replacement in a copy of the package, and the tests that should notice are run
+on the copy. They are run on an unbroken copy first: a test that is red anyway tells nothing.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Fault(NamedTuple):
+    """A replacement in one file, and the tests that are run on it."""
+
+    file: str
+    right: str
+    wrong: str
+    tests: str  # arguments of pytest
+
+
+FAULTS = {
+    "drop the psum": Fault(
+        "measure/shards.py",
+        "return jax.lax.psum(x, names) if names else x",
+        "return x",
+        "test_shard_map.py -k 'untracked or tracked'",
+    ),
+    "count a replicated leaf once per device": Fault(
+        "measure/shards.py",
+        "known if not _is_tracked(name) or name in varying(leaf)",
+        "known",
+        "test_shard_map.py",
+    ),
+    "branch on what devices disagree on": Fault(
+        "measure/shards.py",
+        "return jax.lax.pmax(flag.astype(jnp.int32), names) > 0 if names else flag",
+        "return flag",
+        "test_shard_map.py",
+    ),
+    "lose a NaN in a maximum over devices": Fault(
+        "_numbers.py",
+        "return jnp.where(bad, jnp.full_like(most, jnp.nan), most)",
+        "return most",
+        "test_mesh.py -k nan",
+    ),
+    "feed NaN into memory": Fault(
+        "_clip.py",
+        "return jnp.where(leading(telling, new), new.astype(old.dtype), old)",
+        "return new.astype(old.dtype)",
+        "test_adaptive.py -k 'bad_step and clip_by_ema_ratio'",
+    ),
+    "learn a norm of zero": Fault(
+        "_clip.py",
+        "telling = finite & (size >= TOO_SMALL) & (size < TOO_LARGE)",
+        "telling = finite & (size < TOO_LARGE)",
+        "test_adaptive.py -k zero",
+    ),
+    "sum in the dtype of the leaf": Fault(
+        "measure/arithmetic.py",
+        "    x = widen(x)\n    if ord == EUCLIDEAN:\n",
+        "    if ord == EUCLIDEAN:\n",
+        "test_measure.py test_failures.py -k 'failure_1_ or half or float16 or bfloat16'",
+    ),
+    "< for <=: clip at the limit": Fault(
+        "scale.py",
+        "over=~(norm <= limit))",
+        "over=~(norm < limit))",
+        "test_scale.py test_clip.py -k 'limit or unchanged or exact'",
+    ),
+    "swap the axes of a unit": Fault(
+        "measure/norms.py",
+        "by_rank = {2: (0,), 3: (0,), 4: (0, 1, 2)",
+        "by_rank = {2: (1,), 3: (0,), 4: (0, 1, 2)",
+        "test_variants.py -k adaptive_grad_clip",
+    ),
+    "skip the cast": Fault(
+        "_clip.py",
+        "rounded = y if y.dtype == grad.dtype else cast(y, grad.dtype)",
+        "rounded = y",
+        "test_clip.py -k dtype",
+    ),
+    "lose the counter": Fault(
+        "record.py",
+        "steps=optax.safe_increment(before.steps),",
+        "steps=before.steps,",
+        "test_record.py",
+    ),
+    "let a counter overflow": Fault(
+        "record.py",
+        "steps=optax.safe_increment(before.steps),",
+        "steps=before.steps + 1,",
+        "test_record.py",
+    ),
+    "alias a buffer": Fault(
+        "record.py",
+        "*(jnp.zeros((), jnp.int32) for _ in range(3))",
+        "*[jnp.zeros((), jnp.int32)] * 3",
+        "test_record.py test_clip.py test_restore.py -k 'donat or buffer'",
+    ),
+    "forget the floor of the weights": Fault(
+        "measure/modifiers.py",
+        "weight = jnp.maximum(weight.astype(norm.dtype), jnp.asarray(eps, norm.dtype))",
+        "weight = weight.astype(norm.dtype)",
+        "test_variants.py test_measure.py -k 'adaptive_grad_clip or relative'",
+    ),
+    "forget the floor of the spread": Fault(
+        "threshold/zscore.py",
+        "jnp.maximum(deviation, as_like(min_sigma, norm) * mean)",
+        "deviation",
+        "test_threshold_oracles.py test_arguments.py test_adaptive.py -k 'zclip or zscore'",
+    ),
+    "clip after learning": Fault(
+        "threshold/ema_ratio.py",
+        "limit = as_like(ratio, norm) * average",
+        "limit = as_like(ratio, norm) * averages.mean(average, norm, decay)",
+        "test_threshold_oracles.py test_golden_adaptive.py -k 'ema_ratio or adagc'",
+    ),
+    "feed the raw norm where a capped one is due": Fault(
+        "threshold/feed.py",
+        "return jnp.minimum(norm, cap)",
+        "return norm",
+        "test_threshold_oracles.py",
+    ),
+    "flip the sign under a negative limit": Fault(
+        "_clip.py",
+        "allowed = jnp.where(limit >= 0, limit, 0)",
+        "allowed = limit",
+        "test_bad_input.py test_clip.py -k 'traced or sign'",
+    ),
+    "take a bad group for a good one": Fault(
+        "_clip.py",
+        "y = jnp.where(bad, jnp.zeros_like(y), y)",
+        "y = y",
+        "test_clip.py -k 'nonfinite or nan'",
+    ),
+    "clip what is not to be measured again": Fault(
+        "measure/arithmetic.py",
+        "lambda n: n / power.astype(n.dtype)",
+        "lambda n: n",
+        "test_measure.py test_clip.py -k 'range or small or large'",
+    ),
+    "let XLA undo the power of two": Fault(
+        "measure/arithmetic.py",
+        "powers = jax.lax.optimization_barrier(jnp.array([LIFT, DROP], jnp.float32))",
+        "powers = jnp.array([LIFT, DROP], jnp.float32)",
+        "test_measure.py test_clip.py -k 'range or small or large'",
+    ),
+    "put a state where its parameters are not": Fault(
+        "_place.py",
+        "spec = PartitionSpec() if norm.sharding is None else norm.sharding.spec",
+        "spec = PartitionSpec()",
+        "test_mesh.py -k memories",
+    ),
+    "round to nearest where a bound is strict": Fault(
+        "scale.py",
+        "near + jnp.where(over, step, jnp.zeros_like(step))",
+        "near",
+        "test_scale.py test_clip.py -k strict",
+    ),
+    "never learn anew": Fault(
+        "threshold/relearning.py",
+        "level = length >= as_like(patience, length)",
+        "level = length < 0",
+        "test_adaptive.py -k 'rise_by_20 and zclip'",
+    ),
+    "overlook a negative count": Fault(
+        "_range.py",
+        "inside &= x >= self.low",
+        "pass",
+        "test_validate.py",
+    ),
+    "accept a NaN as a threshold": Fault(
+        "_check.py",
+        "_number(name, value, allowed, lambda x: x >= 0)",
+        "_number(name, value, allowed, lambda x: not x < 0)",
+        "test_check.py test_bad_input.py",
+    ),
+}
+
+
+def broken(fault, folder):
+    """A copy of the package with that fault."""
+    shutil.copytree(ROOT / "optaxclip", folder / "optaxclip")
+    if fault is None:
+        return
+    path = folder / "optaxclip" / fault.file
+    text = path.read_text(encoding="utf-8")
+    if text.count(fault.right) != 1:
+        message = f"{fault.file} has {text.count(fault.right)} times: {fault.right!r}"
+        raise SystemExit(message)
+    path.write_text(text.replace(fault.right, fault.wrong), encoding="utf-8")
+
+
+def red(fault, tests):
+    """The first test that fails on a copy of the package with that fault, or ""."""
+    with tempfile.TemporaryDirectory() as name:
+        broken(fault, Path(name))
+        # `pytest`, because `python -m pytest` would look into the checkout first.
+        command = f"{Path(sys.executable).parent}/pytest -x -q -n 0 -p no:cacheprovider {tests}"
+        done = subprocess.run(
+            ["/bin/sh", "-c", command],
+            cwd=ROOT / "tests",
+            env=os.environ | {"PYTHONPATH": name, "OPTAXCLIP_TESTED": name},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode not in (0, 1, 2):  # 2: a test file that cannot even be imported
+        raise SystemExit(done.stdout + done.stderr)
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return failed[0] if failed else ""
+
+
+def main():
+    """Prints what each fault turned red."""
+    chosen = {
+        name: fault
+        for name, fault in FAULTS.items()
+        if not sys.argv[1:] or any(word in name for word in sys.argv[1:])
+    }
+    alive = 0
+    for name, fault in chosen.items():
+        already = red(None, fault.tests)
+        found = already or red(fault, fault.tests)
+        alive += bool(already) or not found
+        verdict = "RED BEFORE" if already else "red" if found else "ALIVE"
+        print(f"{verdict:<10} {name}: {found[:150]}", flush=True)
+    print(f"{len(chosen)} faults, {len(chosen) - alive} noticed")
+    return min(alive, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

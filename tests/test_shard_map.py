@@ -1,0 +1,223 @@
+"""Clips inside shard_map and pmap, where each device sees its own shard of a leaf."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import trees
+from jax.sharding import AxisType, PartitionSpec
+from roster import EVERY
+
+import optaxclip as oc
+from optaxclip import measure
+
+P = PartitionSpec
+SPECS = {"bias": P("x"), "dense": P("x", "y"), "attention": P(None, "y"), "conv": P()}
+# Which of these axes split a unit: rows are summed, columns and the channels of a kernel are not.
+UNITS = {"bias": "x", "dense": "x", "attention": (), "conv": ()}
+
+
+def mesh():
+    return jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+
+
+def split(path, leaf):
+    """The axes that JAX would track, said by hand."""
+    return tuple(name for name in SPECS[path] if name)
+
+
+def units(path, leaf):
+    return UNITS[path]
+
+
+def steps(tx, grads):
+    """Three steps of growing gradients, and what the last one was."""
+
+    def step(state, scale):
+        scaled = jax.tree.map(lambda g: g * scale, grads)
+        updates, state = tx.update(scaled, state, grads)
+        return state, updates
+
+    # A scan, whose carry must vary over devices from the start as it does later.
+    state, updates = jax.lax.scan(step, tx.init(grads), jnp.array([1.0, 2.0, 40.0]))
+    return jax.tree.map(lambda u: u[-1], updates), oc.metrics(state)
+
+
+@functools.cache
+def whole(name):
+    """The same steps where no array is split."""
+    return jax.jit(functools.partial(steps, EVERY[name].make()))(trees.floats())
+
+
+def mapped(tx, *, check_vma, out=None):
+    """The steps inside shard_map. Metrics must be the same on all devices for the spec P()."""
+    program = jax.shard_map(
+        functools.partial(steps, tx),
+        mesh=mesh(),
+        in_specs=(SPECS,),
+        out_specs=(SPECS, P()),
+        check_vma=check_vma,
+    )
+    return jax.jit(program)(trees.floats())
+
+
+def assert_as_whole(name, found):
+    # Sums over shards are rounded differently, by a few 2^-24, and three steps add that up.
+    trees.assert_close(found, whole(name), 1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_tracked_axes_need_no_argument(name):
+    """With check_vma, every leaf is summed over the axes it varies on, and no others."""
+    given = {"axis_name": units} if EVERY[name].groups == "unit" else {}
+    assert_as_whole(name, mapped(EVERY[name].make(**given), check_vma=True))
+
+
+SAY_IT = [
+    "clip_by_norm",
+    "clip_by_global_norm",
+    "clip_by_block_rms",
+    "clip_by_average_norm",
+    "normalize_by_global_norm",
+    "adagc",
+    "scale_by_stable_adam",
+]
+
+
+@pytest.mark.parametrize("name", SAY_IT)
+def test_untracked_axes_are_said(name):
+    """Without check_vma, axis_name says what each leaf is split over."""
+    assert_as_whole(name, mapped(EVERY[name].make(axis_name=split), check_vma=False))
+
+
+MEASURES = {
+    "global": functools.partial(measure.global_norm, 3),
+    "leaf": functools.partial(measure.leaf_norm, 1),
+    "label": lambda **k: measure.by_label(lambda path: path[0], measure.global_norm(2, **k)),
+    "relative": lambda **k: measure.relative(measure.leaf_norm(np.inf, **k), 1e-3),
+}
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+@pytest.mark.parametrize("name", MEASURES)
+def test_every_order_and_modifier(name, tracked):
+    """Norms of any order are joined over shards, also inside modifiers."""
+    limit = oc.threshold.constant(0.3)
+    tx = oc.clip(MEASURES[name](), limit)
+    expected = jax.jit(functools.partial(steps, tx))(trees.floats())
+    said = tx if tracked else oc.clip(MEASURES[name](axis_name=split), limit)
+    trees.assert_close(mapped(said, check_vma=tracked), expected, 1e-5, atol=1e-7)
+
+
+def test_pmap_sums_what_is_split_and_counts_the_rest_once():
+    """Inside pmap, with axis_name by leaf, the norm is that of the whole tree."""
+    grads = {"split": trees.normal(8, 6), "same": trees.normal(5)}
+    tx = oc.clip_by_global_norm(axis_name=lambda path, leaf: "d" if path == "split" else ())
+
+    updates, metrics = jax.pmap(
+        functools.partial(steps, tx), axis_name="d", in_axes=({"split": 0, "same": None},)
+    )(grads)
+
+    expected, found = steps(oc.clip_by_global_norm(), grads)
+    trees.assert_close(updates["split"], expected["split"], 1e-6)
+    for device in range(8):
+        trees.assert_close(updates["same"][device], expected["same"], 1e-6)
+        assert float(metrics["norm"][device]) == pytest.approx(float(found["norm"]), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", [n for n in EVERY if EVERY[n].groups in ("tree", "leaf")])
+def test_left_out_where_it_is_needed_it_is_an_error(name):
+    """A norm that JAX cannot know to be of the whole is never taken."""
+    with pytest.raises(ValueError, match=r"leaf 'attention' is split: say it by axis_name=, as 'x"):
+        mapped(EVERY[name].make(), check_vma=False)
+    with pytest.raises(ValueError, match=r"inside pmap.*mapped axes \('d',\) leaf 'w' is split"):
+        jax.pmap(functools.partial(steps, EVERY[name].make()), axis_name="d")(
+            {"w": jnp.ones((8, 2))}
+        )
+
+
+def test_units_and_layers_that_are_split_need_it_said():
+    """A shard may hold whole units, or whole layers, or parts of each."""
+    message = r"leaf 'attention' is split over the mapped axes \('y',\), within its groups or betwe"
+    with pytest.raises(ValueError, match=message):
+        mapped(oc.adaptive_grad_clip(), check_vma=True)
+    layers = measure.stacked(measure.leaf_norm(), lambda path, leaf: 0 if leaf.ndim == 3 else None)
+    with pytest.raises(ValueError, match=message):
+        mapped(oc.clip(layers, oc.threshold.constant(1.0)), check_vma=True)
+
+
+def test_a_name_that_is_not_mapped_is_an_error():
+    """A misspelled axis is reported with those there are."""
+    message = r"axis_name must name axes that are mapped here, \('x', 'y'\); got 'z'"
+    with pytest.raises(ValueError, match=message):
+        mapped(oc.clip_by_global_norm(axis_name="z"), check_vma=True)
+
+
+def test_where_nothing_is_mapped_arrays_are_whole():
+    """The same clip, axis_name and all, runs outside too."""
+    tx = oc.clip_by_global_norm(axis_name="x")
+    found = jax.jit(functools.partial(steps, tx))(trees.floats())
+    trees.assert_same_bits(found, whole("clip_by_global_norm"))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_all_devices_agree_on_a_bad_entry(name):
+    """A NaN in one shard is a bad step for its whole group, on every device."""
+    given = {"axis_name": units} if EVERY[name].groups == "unit" else {}
+    grads = trees.floats()
+    bad = dict(grads, dense=grads["dense"].at[7, 3].set(jnp.nan))
+
+    def step(tx, bad, grads):
+        updates, state = tx.update(bad, tx.init(grads), grads)
+        return updates, oc.metrics(state)
+
+    expected = jax.jit(functools.partial(step, EVERY[name].make()))(bad, grads)
+    found = jax.jit(
+        jax.shard_map(
+            functools.partial(step, EVERY[name].make(**given)),
+            mesh=mesh(),
+            in_specs=(SPECS, SPECS),
+            out_specs=(SPECS, P()),
+        )
+    )(bad, grads)
+
+    zeros = jax.tree.map(lambda f, e: np.array_equal(f == 0, e == 0), found, expected)
+    assert all(jax.tree.leaves(zeros))
+    counts = [int(x) for key, x in found[1].items() if key.endswith("nonfinite_steps")]
+    assert max(counts) == 1
+
+
+def inner(tree, other):
+    products = jax.tree.map(lambda x, y: jnp.sum(x * y), tree, other)
+    return sum(jax.tree.leaves(products))
+
+
+@pytest.mark.parametrize("order", [2, np.inf])
+def test_the_derivative_of_a_clip_is_that_of_the_whole(order):
+    """Derivatives through norms are right across shards."""
+    tx, direction = oc.clip_by_global_norm(ord=order), trees.floats(seed=1)
+    clipped = lambda grads: tx.update(grads, tx.init(grads))[0]
+    split_clip = jax.shard_map(clipped, mesh=mesh(), in_specs=(SPECS,), out_specs=SPECS)
+
+    def along(clip):
+        products = lambda g: jax.tree.map(lambda u, d: jnp.sum(u * d), clip(g), direction)
+        return jax.jit(jax.grad(lambda g: sum(jax.tree.leaves(products(g)))))
+
+    found, expected = along(split_clip)(trees.floats()), along(clipped)(trees.floats())
+
+    # Entries cancel to a hundredth of the size of the terms that make them.
+    trees.assert_close(found, expected, 1e-5, atol=1e-6)
+
+
+def test_one_collective_for_leaves_that_are_split_alike():
+    """The compiled clip sums all leaves over the same axes at once."""
+    grads = {str(i): trees.normal(8, i + 1) for i in range(5)}
+    tx = oc.clip_by_global_norm()
+    program = jax.shard_map(
+        lambda g: tx.update(g, tx.init(g))[0], mesh=mesh(), in_specs=P("x"), out_specs=P("x")
+    )
+    text = jax.jit(program).lower(grads).as_text()
+    # Once as they are, and once in the branch that measures again.
+    assert text.count("all_reduce") == 2
