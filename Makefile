@@ -12,7 +12,7 @@ BIN := .venv/bin
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test suite proof fuzz mutants lint format clean
+.PHONY: help venv demo test suite proof matrix fuzz mutants lint format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
@@ -40,6 +40,9 @@ suite:
 
 proof: venv ## the long proofs: every variant on every mesh and in every wrapper (an hour)
 	$(BIN)/pytest -q -m proof -n auto --dist worksteal --durations=20 tests/ $(ARGS)
+
+matrix: venv ## the table of checks and variants, into out/compatibility.md (20 minutes)
+	$(BIN)/python tests/matrix.py $(ARGS)
 
 fuzz: venv ## try the laws on fresh trees for ten minutes, and count
 	$(BIN)/python tests/fuzz.py --minutes 10 --workers 2 $(ARGS)

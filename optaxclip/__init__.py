@@ -26,6 +26,8 @@ from .record import ClipState as ClipState
 from .record import Metrics as Metrics
 from .record import metrics as metrics
 from .stable_adam import scale_by_stable_adam as scale_by_stable_adam
+from .validate import Problem as Problem
+from .validate import validate_state as validate_state
 from .variants import adagc as adagc
 from .variants import adaptive_grad_clip as adaptive_grad_clip
 from .variants import autoclip as autoclip

@@ -7,6 +7,14 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 import jax
 import pytest
 
+import optaxclip
+
+# What `make test` and `make mutants` say that they test: the wheel, or a broken copy.
+TESTED = os.environ.get("OPTAXCLIP_TESTED")
+if TESTED:
+    place = "site-packages" if TESTED == "wheel" else TESTED
+    assert place in optaxclip.__file__, f"{optaxclip.__file__} is not the {TESTED} under test"
+
 
 @pytest.fixture(autouse=True)
 def hostile():

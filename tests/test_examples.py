@@ -126,6 +126,7 @@ def test_every_program_is_run_here():
 
     assert programs == {
         "examples/char_lm.py",
+        "examples/fsdp.py",  # in test_fsdp.py
         "examples/thresholds.py",
         "benchmarks/overhead.py",
     }
