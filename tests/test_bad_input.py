@@ -63,7 +63,7 @@ KINDS = {
     **dict.fromkeys(("relative", "k", "z_max", "ratio", "floor", "min_sigma"), NUMBER),
     **dict.fromkeys(("decay", "norm_decay", "b1", "b2"), DECAY),
     **dict.fromkeys(("eps", "absolute", "rate"), POSITIVE),
-    **dict.fromkeys(("record", "per_tensor", "bias_correction", "with_current"), FLAG),
+    **dict.fromkeys(("record", "per_tensor", "bias_correction", "with_current", "repair"), FLAG),
     **dict.fromkeys(("axis", "axes", "stacked"), AXES),
     **dict.fromkeys(("warmup", "steps"), STEPS),
     **dict.fromkeys(("first", "then"), threshold("threshold.constant(1.0)")),
@@ -92,6 +92,9 @@ ELSEWHERE = {
     **{(name, "measure"): optional(KINDS["measure"]) for name in VARIANTS},
     **{(f"scale.{name}", x): UNKNOWN for name in SCALES for x in ("norm", "limit")},
     ("metrics", "opt_state"): UNKNOWN,
+    ("register_for_export", "opt_state"): UNKNOWN,
+    ("validate_state", "opt_state"): UNKNOWN,
+    ("validate_state", "like"): UNKNOWN,
     ("clip", "threshold"): KINDS["then"],
     ("clip_by_block_rms", "threshold"): LIMIT,
     ("normalize_by_global_norm", "norm"): LIMIT,
@@ -117,6 +120,7 @@ ONE, OTHER, TREE = oc.threshold.constant(1.0), oc.threshold.growth(1.5), oc.meas
 # What has no default, or one that does not go with all that is good for another argument.
 GIVEN = {
     "clip": {"measure": TREE, "threshold": ONE},
+    "validate_state": {"opt_state": oc.clip_by_value().init(())},
     "measure.by_label": {"labels": "all", "measure": TREE},
     "measure.relative": {"measure": TREE, "eps": 1e-3},
     "measure.relative_entries": {"measure": TREE, "relative": 0.5, "absolute": 0.1},
