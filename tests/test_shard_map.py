@@ -92,6 +92,12 @@ def test_untracked_axes_are_said(name):
     assert_as_whole(name, mapped(EVERY[name].make(axis_name=split), check_vma=False))
 
 
+def test_a_leaf_that_is_the_same_everywhere_counts_once():
+    """Names that are given for all leaves mean those of each that vary along them."""
+    tx = oc.clip_by_global_norm(axis_name=("x", "y"))
+    assert_as_whole("clip_by_global_norm", mapped(tx, check_vma=True))
+
+
 MEASURES = {
     "global": functools.partial(measure.global_norm, 3),
     "leaf": functools.partial(measure.leaf_norm, 1),
