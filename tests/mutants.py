@@ -8,6 +8,7 @@ on the copy. They are run on an unbroken copy first: a test that is red anyway t
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+PYTEST = shlex.quote(str(Path(sys.executable).parent / "pytest"))
+LONGEST = 300  # seconds: devices that wait for each other do so for ever
 
 
 class Fault(NamedTuple):
@@ -74,7 +77,7 @@ FAULTS = {
         "scale.py",
         "over=~(norm <= limit))",
         "over=~(norm < limit))",
-        "test_scale.py test_clip.py -k 'limit or unchanged or exact'",
+        "test_scale.py test_clip.py -k 'ends or zero'",
     ),
     "swap the axes of a unit": Fault(
         "measure/norms.py",
@@ -148,12 +151,6 @@ FAULTS = {
         "lambda n: n",
         "test_measure.py test_clip.py -k 'range or small or large'",
     ),
-    "let XLA undo the power of two": Fault(
-        "measure/arithmetic.py",
-        "powers = jax.lax.optimization_barrier(jnp.array([LIFT, DROP], jnp.float32))",
-        "powers = jnp.array([LIFT, DROP], jnp.float32)",
-        "test_measure.py test_clip.py -k 'range or small or large'",
-    ),
     "put a state where its parameters are not": Fault(
         "_place.py",
         "spec = PartitionSpec() if norm.sharding is None else norm.sharding.spec",
@@ -205,15 +202,21 @@ def red(fault, tests):
     with tempfile.TemporaryDirectory() as name:
         broken(fault, Path(name))
         # `pytest`, because `python -m pytest` would look into the checkout first.
-        command = f"{Path(sys.executable).parent}/pytest -x -q -n 0 -p no:cacheprovider {tests}"
-        done = subprocess.run(
-            ["/bin/sh", "-c", command],
-            cwd=ROOT / "tests",
-            env=os.environ | {"PYTHONPATH": name, "OPTAXCLIP_TESTED": name},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        command = f"{PYTEST} -x -q -n 0 -p no:cacheprovider {tests}"
+        try:
+            done = subprocess.run(
+                shlex.split(command),
+                cwd=ROOT / "tests",
+                env=os.environ | {"PYTHONPATH": name, "OPTAXCLIP_TESTED": name},
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=LONGEST,
+            )
+        except subprocess.TimeoutExpired:
+            return f"no end within {LONGEST} s"
+    if done.returncode < 0:
+        return f"killed by signal {-done.returncode}"
     if done.returncode not in (0, 1, 2):  # 2: a test file that cannot even be imported
         raise SystemExit(done.stdout + done.stderr)
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]

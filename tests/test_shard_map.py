@@ -144,6 +144,20 @@ def test_left_out_where_it_is_needed_it_is_an_error(name):
         )
 
 
+def test_devices_take_one_branch():
+    """Where norms need a second look on some devices only, all take it, as they wait in it."""
+    grads = {"rows": trees.normal(8, 3), "columns": trees.normal(5, 8)}
+    grads["columns"] = grads["columns"].at[:, :2].multiply(1e-20)  # all that the first ones hold
+    specs = {"rows": P("x"), "columns": P(None, "x")}
+    over = lambda path, leaf: "x" if path == "rows" else ()
+    tx = lambda **given: oc.clip(measure.unit_norm(0, **given), oc.threshold.constant(1e-3))
+
+    clip = lambda grads: steps(tx(axis_name=over), grads)
+    found = jax.shard_map(clip, mesh=mesh(), in_specs=(specs,), out_specs=(specs, P()))
+    expected = jax.jit(functools.partial(steps, tx()))(grads)
+    trees.assert_close(jax.jit(found)(grads), expected, 1e-5)
+
+
 def test_units_and_layers_that_are_split_need_it_said():
     """A shard may hold whole units, or whole layers, or parts of each."""
     message = r"leaf 'attention' is split over the mapped axes \('y',\), within its groups or betwe"
