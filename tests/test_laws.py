@@ -60,16 +60,6 @@ def test_law(law, variant):
     holds(law, variant, _structure(law), examples=10)
 
 
-@pytest.mark.proof
-@pytest.mark.parametrize("variant", ALL)
-@pytest.mark.parametrize("law", LAWS)
-def test_law_on_every_structure(law, variant):
-    """The law holds for the variant, on trees of every structure."""
-    if variant in LAWS[law].variants:
-        for structure in LAWS[law].structures:
-            holds(law, variant, structure, examples=200)
-
-
 def test_a_tiny_first_gradient_does_not_freeze_a_coordinate():
     """A coordinate that began with a gradient too small to remember is not clipped for ever."""
     tx = oc.clip_by_second_moment(warmup=2)
