@@ -27,7 +27,7 @@ test: lint ## everything a change must pass, on the oldest Python and, if there 
 	@$(MAKE) --no-print-directory suite
 ifeq ($(PYTHON),)
 	@newest=$$(sh .ci/newest); if [ -n "$$newest" ]; then \
-	  PYTHON=$$newest VENV=.venv-newest sh .ci/venv && \
+	  PYTHON=$$newest sh .ci/venv .venv-newest && \
 	  $(MAKE) --no-print-directory suite BIN=.venv-newest/bin; \
 	else echo "No Python 3.13 found: the newest JAX is not tested here."; fi
 endif

@@ -60,6 +60,7 @@ def clip(
     state                                   the same tree, dtypes (float32, int32) and sharding
                                             from init on; one compilation; no shared buffers
     limit traced and negative or NaN        zeros: never a flipped sign; the metrics show it
+    norm and limit >= 2^64, memory          zeros: what has no past yet is no licence
     ======================================  ======================================================
 
     Two limits of float32 remain. A leaf whose Euclidean norm is above 3.4e38 counts as not finite.
@@ -189,10 +190,11 @@ def _limited(
     shown = jnp.where(jnp.isfinite(size), jnp.minimum(size, TOO_LARGE), 0)
     limit, learned = threshold.update(shown, memory)
     # A hyperparameter that is traced and bad for a step must not be for ever.
-    telling &= limit >= 0
-    for x in jax.tree.leaves(learned, is_leaf=_is_clock):
-        if not _is_clock(x):
-            telling &= jnp.all(jnp.isfinite(x), range(x.ndim - norm.ndim))
+    telling &= ~_is_bad(limit)
+    both = (jax.tree.leaves(m, is_leaf=_is_clock) for m in (learned, memory))
+    for new, old in zip(*both, strict=True):
+        if not _is_clock(new):  # a threshold of one's own may begin with inf
+            telling &= jnp.all(jnp.isfinite(new) | ~jnp.isfinite(old), range(new.ndim - norm.ndim))
     # Where there is no limit yet, for lack of a past, that is no licence for such a norm.
     limit = jnp.where((size >= TOO_LARGE) & (limit >= TOO_LARGE), 0, limit)
     # A float64 norm is not above a limit for what rounding it took away.
@@ -207,6 +209,13 @@ def _limited(
     return wide, jax.tree.map(kept, learned, memory, is_leaf=_is_clock)
 
 
+def _is_bad(limit: jax.Array) -> jax.Array:
+    """Whether a limit allows nothing."""
+    # Not ~(limit >= 0): where XLA sees that nothing but NaN could make it true, as it does in
+    # jnp.maximum(limit, 0) >= 0, it takes it for false.
+    return jnp.isnan(limit) | (limit < 0)
+
+
 def _remembers_norms(memory: Tree) -> bool:
     return not all(map(_is_clock, jax.tree.leaves(memory, is_leaf=_is_clock)))
 
@@ -216,7 +225,7 @@ def _scaled(
 ) -> Groups:
     """The factors, and the rest of what the record needs."""
     counts = jnp.isfinite(norm)  # under "sanitize", of what is left without the bad entries
-    allowed = jnp.where(limit >= 0, limit, 0)  # a limit that is negative or NaN allows nothing
+    allowed = jnp.where(_is_bad(limit), 0, limit)
     if nonfinite == "propagate":
         # A norm of inf or NaN has the factor that limit / norm would have.
         factor = jnp.where(counts, scale(norm, allowed), 1 / norm)

@@ -4,7 +4,8 @@ A clip keeps its metrics in its own state, on the device, because Optax has no o
 chain. :func:`metrics` finds them in whatever the optimizer state is wrapped in.
 
 They are of the whole tree on any mesh, with one exception: where JAX does not track what is split
-(`pmap`, `shard_map` with check_vma=False), those of units and entries are of the device's shard.
+(`pmap`, `shard_map` with check_vma=False), those of units, layers and entries are of the device's
+shard.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ._numbers import largest
+from ._numbers import largest, smallest
 from ._range import Count, Range
 from .measure import shards
 
@@ -167,7 +168,7 @@ def _most(sizes: list[jax.Array]) -> jax.Array:
 
 
 def _least(arrays: list[jax.Array], default: float) -> jax.Array:
-    found = [jnp.min(x).astype(jnp.float32) for x in arrays if x.size]
+    found = [smallest(x).astype(jnp.float32) for x in arrays if x.size]
     whole = [-shards.largest(-x, shards.varying(x)) for x in found]
     return jnp.min(jnp.stack(whole)) if whole else jnp.full((), default, jnp.float32)
 

@@ -807,3 +807,28 @@ def test_a_memory_may_be_one_array():
     updates, _ = tx.update(jnp.array([6.0, 8.0]), state)
 
     np.testing.assert_allclose(updates, [3.0, 4.0], 1e-6)
+
+
+@pytest.mark.parametrize("bound", [jnp.abs, jnp.square, lambda x: jnp.maximum(x, 0.0)])
+def test_a_nan_that_looks_positive_allows_nothing(bound):
+    """A limit of NaN gives zeros also where XLA can tell that it is not negative."""
+    tx = oc.clip_by_global_norm(lambda step: bound(jnp.where(step > 1, jnp.nan, 1.0)))
+    grads = jnp.array([3.0, 4.0])
+    state = tx.init(grads)
+    for _ in range(3):
+        updates, state = tx.update(grads, state)
+    np.testing.assert_array_equal(updates, [0.0, 0.0])
+    assert np.isnan(oc.metrics(state)["limit"])
+
+
+def test_a_threshold_may_begin_with_inf():
+    """A memory that holds inf for what is not there yet learns."""
+    latest = oc.threshold.Threshold(
+        lambda norm: jnp.full((3, *norm.shape), jnp.inf),
+        lambda norm, memory: (memory.max(0), jnp.concatenate([norm[None], memory[:-1]])),
+    )
+    tx = oc.clip(oc.measure.global_norm(), latest)
+    state = tx.init(jnp.ones(1))
+    for _ in range(3):
+        _, state = tx.update(jnp.ones(1), state)
+    np.testing.assert_array_equal(tx.update(jnp.full(1, 9.0), state)[0], [1.0])

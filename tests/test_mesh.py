@@ -176,6 +176,15 @@ def test_a_nan_on_one_device_is_seen_by_all(name):
     assert not all(jnp.isfinite(x) for key, x in found.items() if key.endswith("norm"))
 
 
+def test_metrics_keep_a_nan_of_one_device():
+    """With "propagate", the factor of a bad unit shows in the metrics, wherever the unit is."""
+    grads = whole() | {"dense": trees.normal(8, 4).at[:, 3].set(jnp.nan)}
+    tx = oc.adaptive_grad_clip(nonfinite="propagate")
+    step = jax.jit(lambda g: tx.update(g, tx.init(g), g)[1].metrics)
+    for found in (step(grads), step(sharded(grads, mesh_of(AxisType.Auto)))):
+        assert np.isnan([found.norm, found.clipped_norm, found.factor]).all()
+
+
 COLLECTIVES = re.compile(r"(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\(")
 
 

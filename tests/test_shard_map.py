@@ -144,7 +144,8 @@ def test_left_out_where_it_is_needed_it_is_an_error(name):
         )
 
 
-def test_devices_take_one_branch():
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_devices_take_one_branch(check_vma):
     """Where norms need a second look on some devices only, all take it, as they wait in it."""
     grads = {"rows": trees.normal(8, 3), "columns": trees.normal(5, 8)}
     grads["columns"] = grads["columns"].at[:, :2].multiply(1e-20)  # all that the first ones hold
@@ -153,9 +154,13 @@ def test_devices_take_one_branch():
     tx = lambda **given: oc.clip(measure.unit_norm(0, **given), oc.threshold.constant(1e-3))
 
     clip = lambda grads: steps(tx(axis_name=over), grads)
-    found = jax.shard_map(clip, mesh=mesh(), in_specs=(specs,), out_specs=(specs, P()))
-    expected = jax.jit(functools.partial(steps, tx()))(grads)
-    trees.assert_close(jax.jit(found)(grads), expected, 1e-5)
+    found, _ = jax.jit(
+        jax.shard_map(
+            clip, mesh=mesh(), in_specs=(specs,), out_specs=(specs, P()), check_vma=check_vma
+        )
+    )(grads)
+    expected, _ = jax.jit(functools.partial(steps, tx()))(grads)
+    trees.assert_close(found, expected, 1e-5)
 
 
 def test_units_and_layers_that_are_split_need_it_said():
@@ -214,10 +219,35 @@ def inner(tree, other):
     return sum(jax.tree.leaves(products))
 
 
+def test_a_leaf_may_be_split_over_lanes_of_vmap():
+    """A name that vmap gives an axis is summed over like one of a mesh."""
+    grads = trees.normal(4, 6)
+    tx = oc.clip_by_global_norm(axis_name="v")
+
+    lanes = jax.vmap(lambda g: tx.update(g, tx.init(g))[0], axis_name="v")(grads)
+
+    whole_tree = oc.clip_by_global_norm()
+    trees.assert_close(lanes, whole_tree.update(grads, whole_tree.init(grads))[0], 1e-6)
+
+
+def test_a_tracked_map_in_an_untracked_one_is_an_error_where_it_is_said():
+    """JAX has forgotten the outer axis there; what a function says is not dropped, but refused."""
+    tx = oc.clip_by_global_norm(axis_name=lambda path, leaf: ("x", "y"))
+    clip = lambda grads: tx.update(grads, tx.init(grads))[0]
+    inner = jax.shard_map(clip, in_specs=P(None, "y"), out_specs=P(None, "y"), axis_names={"y"})
+    outer = jax.shard_map(
+        inner, mesh=mesh(), in_specs=P("x"), out_specs=P("x"), axis_names={"x"}, check_vma=False
+    )
+    with pytest.raises(ValueError, match="psum can only accept"):
+        jax.jit(outer)(trees.normal(8, 6))
+
+
 @pytest.mark.parametrize("order", [2, np.inf])
 def test_the_derivative_of_a_clip_is_that_of_the_whole(order):
     """Derivatives through norms are right across shards."""
     tx, direction = oc.clip_by_global_norm(ord=order), trees.floats(seed=1)
+    grads = trees.floats()
+    grads["dense"] = grads["dense"].at[0, 0].set(99.0).at[7, 3].set(99.0)  # two largest, in shards
     clipped = lambda grads: tx.update(grads, tx.init(grads))[0]
     split_clip = jax.shard_map(clipped, mesh=mesh(), in_specs=(SPECS,), out_specs=SPECS)
 
@@ -225,7 +255,7 @@ def test_the_derivative_of_a_clip_is_that_of_the_whole(order):
         products = lambda g: jax.tree.map(lambda u, d: jnp.sum(u * d), clip(g), direction)
         return jax.jit(jax.grad(lambda g: sum(jax.tree.leaves(products(g)))))
 
-    found, expected = along(split_clip)(trees.floats()), along(clipped)(trees.floats())
+    found, expected = along(split_clip)(grads), along(clipped)(grads)
 
     # Entries cancel to a hundredth of the size of the terms that make them.
     trees.assert_close(found, expected, 1e-5, atol=1e-6)
@@ -239,5 +269,5 @@ def test_one_collective_for_leaves_that_are_split_alike():
         lambda g: tx.update(g, tx.init(g))[0], mesh=mesh(), in_specs=P("x"), out_specs=P("x")
     )
     text = jax.jit(program).lower(grads).as_text()
-    # Once as they are, and once in the branch that measures again.
-    assert text.count("all_reduce") == 2
+    # Once as they are, and once in each of the branches that measure again.
+    assert text.count("all_reduce") == 3

@@ -1,6 +1,5 @@
 """Thresholds: limits over streams of norms, what they remember, and what they refuse."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -26,8 +26,9 @@ Under `jit`, arrays are whole on any mesh, and there is nothing to say. Inside `
 leaf is one device's shard; norms are summed over the axes along which JAX knows it to vary, so that
 a leaf that is the same everywhere counts once. `axis_name=` says it where JAX does not: in `pmap`
 and with check_vma=False, and for units, which may lie within a shard or across several. It is a
-name, a tuple of names, () for a leaf that is not split, or a function (path, leaf) -> one of these,
-with paths as "encoder/kernel". Left out where it is needed, it is an error.
+name, a tuple of names, () for a leaf that is not split, or a function (path, leaf) -> one of
+these, with paths as "encoder/kernel". Left out where it is needed, it is an error, unless a map
+that tracks is inside one that does not: there JAX itself has forgotten the outer axes.
 
 Your own measure is `Measure(norms, spread)`, where norms are positively homogeneous:
 norms(c g) = |c| norms(g).

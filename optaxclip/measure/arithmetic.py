@@ -120,22 +120,19 @@ def in_range(measure: Measure, grads: Tree, params: Tree) -> Tree:
         scaled = jax.tree.map(lambda g: g * power.astype(g.dtype), grads)
         return jax.tree.map(lambda n: n / power.astype(n.dtype), measure.norms(scaled, params))
 
-    def again(carry: None, case: tuple[jax.Array, jax.Array]) -> tuple[None, Tree]:
-        power, needed = case
-        return carry, jax.lax.cond(needed, measured_times, lambda power: norms, power)
+    def again(power: float, needed: jax.Array) -> Tree:
+        # Hidden from XLA, which would make (x * power) * (x * power) into (x * x) * power^2.
+        hidden = jax.lax.optimization_barrier(jnp.float32(power))
+        return jax.lax.cond(needed, measured_times, lambda power: norms, hidden)
 
     small = jnp.any(jnp.stack([jnp.any(norm < LOW) for norm in leaves]))
     large = jnp.any(jnp.stack([jnp.any(~jnp.isfinite(norm)) for norm in leaves]))
     needed = shards.anywhere(jnp.stack([small, large]))  # there may be collectives in a branch
-    # Hidden from XLA, which would make (x * power) * (x * power) into (x * x) * power^2.
-    powers = jax.lax.optimization_barrier(jnp.array([LIFT, DROP], jnp.float32))
-    # A scan, because it is compiled once for both powers.
-    _, scaled = jax.lax.scan(again, None, (powers, needed))
-    return jax.tree.map(_best, norms, scaled)
+    # No scan over both: jax 0.12 compiles one in 12 s for 400 leaves, this in 2 s.
+    return jax.tree.map(_best, norms, again(LIFT, needed[0]), again(DROP, needed[1]))
 
 
-def _best(norm: jax.Array, scaled: jax.Array) -> jax.Array:
-    lifted, dropped = scaled
+def _best(norm: jax.Array, lifted: jax.Array, dropped: jax.Array) -> jax.Array:
     return jnp.where(norm < LOW, lifted, jnp.where(jnp.isfinite(norm), norm, dropped))
 
 

@@ -166,7 +166,8 @@ def stacked(measure: Measure, axes: AxisRule) -> Measure:
     Returns:
       A measure whose norms are a dict: under "" the norms of the leaves that are not stacked;
       under the stack's lengths, as "12" or "12x8", those of the stacked ones, with these axes in
-      front. Under `global_norm`, one group is layer i of all leaves with stacks of equal length.
+      front. Under `global_norm`, one group is layer i of all leaves with stacks of equal length;
+      inside shard_map, of equal length there, so that all of these should be split alike.
 
     Raises:
       TypeError: if an argument is not such. ValueError: at init, if a leaf lacks a stack axis.

@@ -60,8 +60,10 @@ def split_over(axis_name: AxisName, path: str, leaf: jax.Array, *, group: bool =
     if unknown and mapped:
         message = f"axis_name must name axes that are mapped here, {mapped}; got {unknown[0]!r}"
         raise ValueError(message)
+    known = tuple(name for name in names if name not in unknown)
+    if callable(axis_name):  # which is about this very leaf
+        return known
     # A leaf that is the same on all devices counts once.
-    known = [name for name in names if name not in unknown]
     return tuple(name for name in known if not _is_tracked(name) or name in varying(leaf))
 
 
@@ -134,4 +136,5 @@ def _is_bound(name: str) -> bool:
 
 
 def _is_tracked(name: str) -> bool:
-    return name in varying(jax.lax.axis_index(name))
+    # An axis of vmap is in no type of a leaf, though in that of its index, inside jit.
+    return name in _manual() and name in varying(jax.lax.axis_index(name))

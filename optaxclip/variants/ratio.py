@@ -198,14 +198,14 @@ def adagc(
 
 
 def _wary(limited: Threshold) -> Threshold:
-    """A limit that drops a norm which no memory learns.
+    """A limit that drops a norm above it which no memory learns.
 
     Cut to norm 1, a leaf of 1e20 would leave the others with norms of 1e-20 to learn.
     """
 
     def update(norm: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
         limit, memory = limited.update(norm, memory)
-        return jnp.where(norm < TOO_LARGE, limit, 0), memory
+        return jnp.where((norm >= TOO_LARGE) & (norm > limit), 0, limit), memory
 
     return Threshold(limited.init, update)
 
