@@ -26,6 +26,7 @@ class Range(NamedTuple):
     also: tuple[float, ...] = ()  # inf or NaN, where these are allowed; no others are
     start: float = 0  # what the field holds before the first step, unless told otherwise
     front: int | None = 0  # axes in front of those of its neighbours; None: not like them
+    each: bool = False  # whether the field is a tree, and each array in it is so
 
     def holds(self, x: jax.Array) -> jax.Array:
         """Whether each entry is within."""
@@ -86,9 +87,14 @@ def is_part(x: Any) -> bool:
     return any(isinstance(said, Range) for said in _declared(x).values())
 
 
+def joined(place: str, name: str) -> str:
+    """A place within another, if these are any."""
+    return "/".join(filter(None, [place, name]))
+
+
 def named(place: str, path: tuple[Any, ...]) -> str:
     """A path for people to read: "0/memory/threshold/seen"."""
-    return "/".join(filter(None, [place, jax.tree_util.keystr(path, simple=True, separator="/")]))
+    return joined(place, jax.tree_util.keystr(path, simple=True, separator="/"))
 
 
 def fields(place: str, node: Tree) -> Iterator[Field]:
@@ -99,9 +105,12 @@ def fields(place: str, node: Tree) -> Iterator[Field]:
             yield from fields(own, x) if is_part(x) else [Field(own, ANYTHING, x, None)]
         return
     for name, x in node._asdict().items():
-        own, said = f"{place}/{name}", _declared(node).get(name)
+        own, said = joined(place, name), _declared(node).get(name)
         if said is None or (isinstance(said, type) and isinstance(x, said)):
             yield from fields(own, x)
+        elif isinstance(said, Range) and said.each:
+            leaves = jax.tree.leaves_with_path(x)
+            yield from (Field(named(own, path), said, leaf, type(node)) for path, leaf in leaves)
         else:
             yield Field(own, said, x, type(node))
 
@@ -111,7 +120,7 @@ def tied(place: str, node: Tree) -> Iterator[tuple[str, Any]]:
     if hasattr(node, "laws"):
         yield place, node
     for name, x in node._asdict().items() if hasattr(node, "_fields") else ():
-        yield from tied(f"{place}/{name}", x)
+        yield from tied(joined(place, name), x)
 
 
 def plain(node: Tree) -> Tree:

@@ -8,6 +8,7 @@ The clip limits one tree by the norm of another, so it sits inside the precondit
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
@@ -33,17 +34,28 @@ REAL, COMPLEX = ("float32", "float64"), ("complex64", "complex128")
 
 
 class Moments(NamedTuple):
-    """The moments of one leaf, as Adam corrects them for having started from 0."""
+    """The moments of a leaf, or of all, as Adam corrects them for having started from 0."""
 
-    mu: Annotated[jax.Array, Range(dtypes=(*REAL, *COMPLEX))]  # like the leaf, float32
-    nu: Annotated[jax.Array, Range(0, dtypes=REAL)]  # like the leaf, float32
-    seen: Steps  # () int32, gradients learned
+    mu: Annotated[Tree, Range(dtypes=(*REAL, *COMPLEX), front=None, each=True)]
+    nu: Annotated[Tree, Range(0, dtypes=REAL, front=None, each=True)]
+    seen: Steps
+
+    def laws(self) -> dict[str, bool]:
+        """What ties the fields together, if they are of all leaves."""
+        (mu, one), (nu, other) = map(jax.tree.flatten, self[:2])
+        alike = one == other and list(map(jnp.shape, mu)) == list(map(jnp.shape, nu))
+        return {
+            "mu and nu have leaves of the same shapes": alike,
+            "seen has a number for each leaf": jnp.shape(self.seen)[-1:] == (len(mu),),
+        }
 
 
 class StableAdamState(NamedTuple):
     """The state of `scale_by_stable_adam`."""
 
-    moments: Tree  # like params, with `Moments` for every float leaf
+    mu: Tree  # like params, None for what is no float leaf; float32
+    nu: Tree  # as mu, but real
+    seen: jax.Array  # (leaves,) int32, gradients that each float leaf has learned
     clip: ClipState  # without memory; its metrics are of the RMS
 
 
@@ -112,16 +124,20 @@ def scale_by_stable_adam(
 
     def init(params: Tree) -> StableAdamState:
         floats, _ = part(params)
-        moments = jax.tree.map(functools.partial(_blank, beside(floats)), floats)
-        return StableAdamState(moments, limiter.init(params))
+        place = beside(floats)
+        blank = lambda x, dtype: place(jnp.zeros_like(x, dtype), x)
+        leaves = jax.tree.map(placeable, floats)
+        mu = jax.tree.map(lambda x: blank(x, _wide(x)), leaves)
+        nu = jax.tree.map(lambda x: blank(x, jnp.finfo(_wide(x)).dtype), leaves)
+        seen = place(jnp.zeros(len(jax.tree.leaves(floats)), jnp.int32))
+        return StableAdamState(mu, nu, seen, limiter.init(params))
 
     @functools.partial(jax.jit, inline=True)
     def step(grads: Tree, state: StableAdamState) -> tuple[Tree, StableAdamState]:
+        _check.alike(state.mu, "the params given to init", gradients=grads)
         wide = jax.tree.map(widen, grads)
-        is_leaf = lambda x: isinstance(x, Moments)
-        known = jax.tree.map(lambda m: m.mu, state.moments, is_leaf=is_leaf)
-        _check.alike(known, "the params given to init", gradients=grads)
-        learned = jax.tree.map(functools.partial(_learned, b1=b1, b2=b2), wide, state.moments)
+        old = _by_leaf(state)
+        learned = jax.tree.map(functools.partial(_learned, b1=b1, b2=b2), wide, old)
         root = jax.tree.map(lambda g, m: where_positive(jnp.sqrt, m.nu), wide, learned)
         floor = lambda r: as_like(eps, r)
         # A square that overflows would make both quotients 0, and its moments the ones to keep.
@@ -137,9 +153,9 @@ def scale_by_stable_adam(
             learns = jax.tree.map(jnp.isfinite, surprise)
         else:
             learns = rms.spread(jnp.isfinite(rms.norms(surprise, None)), surprise)
-        moments = jax.tree.map(_kept, learns, learned, state.moments)
+        moments = jax.tree.map(_kept, learns, learned, old)
         updates = jax.tree.map(lambda g, u: u.astype(g.dtype), grads, updates)
-        return updates, StableAdamState(moments, clip_state)
+        return updates, StableAdamState(*_by_field(moments), clip_state)
 
     def update(
         grads: Tree, state: StableAdamState, params: Tree = None
@@ -151,12 +167,23 @@ def scale_by_stable_adam(
     return optax.GradientTransformation(init, update)
 
 
-def _blank(place: Callable[..., Tree], leaf: jax.Array) -> Moments:
-    leaf = placeable(leaf)
-    mu = jnp.zeros_like(leaf, jax.eval_shape(widen, leaf).dtype)
-    nu = jnp.zeros_like(leaf, jnp.finfo(mu.dtype).dtype)
-    mu, nu = place([mu, nu], leaf)
-    return Moments(mu, nu, place(jnp.zeros((), jnp.int32)))
+def _wide(leaf: Any) -> Any:
+    return jax.eval_shape(widen, leaf).dtype
+
+
+def _by_leaf(state: StableAdamState) -> Tree:
+    """`Moments` for every leaf; stored so, they would be nodes where frameworks expect arrays."""
+    seen = jax.tree.unflatten(jax.tree.structure(state.mu), list(state.seen))
+    return jax.tree.map(Moments, state.mu, state.nu, seen)
+
+
+def _by_field(moments: Tree) -> tuple[Tree, Tree, jax.Array]:
+    """The reverse."""
+    is_leaf = lambda x: isinstance(x, Moments)
+    mu, nu, seen = (
+        jax.tree.map(operator.itemgetter(i), moments, is_leaf=is_leaf) for i in range(3)
+    )
+    return mu, nu, jnp.asarray(jax.tree.leaves(seen), jnp.int32)
 
 
 def _learned(grad: jax.Array, old: Moments, *, b1: Any, b2: Any) -> Moments:

@@ -6,15 +6,17 @@ method `laws` of their class. A new threshold says so in its own file, and is ch
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
 
 from . import _check
-from ._range import ANYTHING, Field, Range, fields, is_part, named, plain, tied
+from ._range import ANYTHING, Field, Range, fields, is_part, joined, named, plain, tied
 from .record import ClipState, Metrics
-from .stable_adam import Moments
+from .stable_adam import Moments, StableAdamState
 from .threshold import Clock
 
 Tree = Any
@@ -65,7 +67,8 @@ def validate_state(opt_state: Tree, *, like: Tree = None, repair: bool = False) 
         no telling which containers and shapes are right, but that the fields of one memory must
         agree, and that a clip is no dict, as a restore without a target makes of it.
       repair: whether to return the state, with every memory, clock and metrics that has a problem
-        as it starts, and all else, the moments of the optimizer too, as it is. Without a concrete
+        as it starts, and all else, the moments of the optimizer too, as it is. The moments of
+        `scale_by_stable_adam`, of all leaves with their counts, are one memory. Without a concrete
         `like`, a memory starts from zeros, as all do but `threshold.quantile` with `initial`.
 
     Returns:
@@ -78,13 +81,12 @@ def validate_state(opt_state: Tree, *, like: Tree = None, repair: bool = False) 
 
     Example:
       >>> import jax.numpy as jnp, optax, optaxclip
-      >>> from optaxclip.validate import validate_state
       >>> tx = optax.chain(optaxclip.clip_by_global_norm(1.0), optax.adam(0.1))
       >>> clip, adam = tx.init(jnp.zeros(3))
       >>> broken = clip._replace(metrics=clip.metrics._replace(steps=jnp.int32(-5)))
-      >>> print(*validate_state((broken, adam)), sep="\n")
+      >>> print(*optaxclip.validate_state((broken, adam)), sep="\n")
       0/metrics/steps: -5; allowed: finite int32 >= 0
-      >>> validate_state(validate_state((broken, adam), repair=True))
+      >>> optaxclip.validate_state(optaxclip.validate_state((broken, adam), repair=True))
       []
     """
     _check.choice((True, False), repair=repair)
@@ -113,30 +115,41 @@ def validate_state(opt_state: Tree, *, like: Tree = None, repair: bool = False) 
         return [problem for each in problems for problem in each]
     each = iter(problems)
     for i, (parts, whole) in zip(clippers, parted, strict=True):
-        found[i] = whole.unflatten([_repaired(part, next(each)) for part in parts])
+        found[i] = whole([_repaired(part, next(each)) for part in parts])
     return treedef.unflatten(found)
 
 
 def _is_clipper(x: Any) -> bool:
-    return isinstance(x, ClipState | Moments) or _was_clipper(x)
+    return isinstance(x, ClipState | StableAdamState) or _was_clipper(x)
 
 
 def _was_clipper(x: Any) -> bool:
     """Whether a restore without a target has made a dict of it."""
-    if not isinstance(x, dict) or set(x) != set(ClipState._fields):
-        return isinstance(x, dict) and set(x) == set(Moments._fields)
-    metrics = x["metrics"]  # parameters may have such names, too
+    if not isinstance(x, dict):
+        return False
+    if set(x) == set(StableAdamState._fields):  # parameters may have such names, too
+        return _is_clipper(x["clip"])
+    if set(x) != set(ClipState._fields):
+        return False
+    metrics = x["metrics"]
     fields = set(metrics) if isinstance(metrics, dict) else set()
     return isinstance(metrics, Metrics | None) or fields == set(Metrics._fields)
 
 
-def _parts(clipper: _Part) -> tuple[list[_Part], Any]:
-    """The parts of a clipper, and its structure: one, if they are not told apart."""
+def _parts(clipper: _Part) -> tuple[list[_Part], Callable[[list[Tree]], Tree]]:
+    """The parts of a clipper, and what joins them; one, if they are not told apart."""
     place, now, start = clipper
-    as_one = [clipper], jax.tree.structure(0)
+    as_one = [clipper], lambda parts: parts[0]
+    known = now if start is None else start
     if _was_clipper(now):
         return as_one
-    known = now if start is None else start
+    if isinstance(now, StableAdamState) and isinstance(known, StableAdamState):
+        begun = (None, None) if start is None else (Moments(*start[:3]), start.clip)
+        moments = _Part(place, Moments(*now[:3]), begun[0])
+        others, whole = _parts(_Part(joined(place, "clip"), now.clip, begun[1]))
+        return [moments, *others], lambda parts: StableAdamState(
+            parts[0].mu, parts[0].nu, parts[0].seen, whole(parts[1:])
+        )
     nodes, treedef = jax.tree.flatten_with_path(known, is_leaf=is_part)
     try:
         found = treedef.flatten_up_to(now)
@@ -144,7 +157,7 @@ def _parts(clipper: _Part) -> tuple[list[_Part], Any]:
         return as_one
     starts = [None if start is None else node for _, node in nodes]
     places = [named(place, path) for path, _ in nodes]
-    return list(map(_Part, places, found, starts)), treedef
+    return list(map(_Part, places, found, starts)), treedef.unflatten
 
 
 def _problems(parts: list[_Part]) -> list[list[Problem]]:
@@ -155,12 +168,12 @@ def _problems(parts: list[_Part]) -> list[list[Problem]]:
 
     def of(part: _Part, verdict: Any) -> list[Problem]:
         wrong = [
-            Problem(part.place + place, "nan" if nan else f"{x:.6g}", allowed)
+            Problem(joined(part.place, place), "nan" if nan else f"{x:.6g}", allowed)
             for (place, allowed), (wrong, nan, x) in verdict[0].items()
             if wrong
         ]
         return wrong or [
-            Problem(part.place + place, "a contradiction", law)
+            Problem(joined(part.place, place), "a contradiction", law)
             for (place, law), holds in verdict[1].items()
             if not holds
         ]
@@ -169,21 +182,27 @@ def _problems(parts: list[_Part]) -> list[list[Problem]]:
     return [wrong or of(part, verdict) for part, wrong, verdict in triples]
 
 
-@jax.jit
 def _judged(part: Tree) -> tuple[dict[Any, Any], dict[Any, Any]]:
     """By place and range: whether some number is not in it, and which; by place and law: if so."""
+    # A program per range, not one for all: that would be compiled anew for every model.
+    ranges = {(f.place, str(f.allowed)): _outside(f.allowed, f.x) for f in fields("", part)}
+    return ranges, _lawful(part) if any(tied("", part)) else {}
 
-    def judged(allowed: Range, x: jax.Array) -> tuple[jax.Array, ...]:
-        wrong = ~allowed.holds(x)
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            x = jnp.abs(x) if jnp.iscomplexobj(x) else x.astype(jnp.int32)
-        nan = jnp.isnan(x)  # which the maximum of several devices may lose
-        most = jnp.where(wrong & ~nan, x, -(2**31)).max(initial=-(2**31))
-        return wrong.any(), (wrong & nan).any(), most
 
-    ranges = {(f.place, str(f.allowed)): judged(f.allowed, f.x) for f in fields("", part)}
+@functools.partial(jax.jit, static_argnums=0)
+def _outside(allowed: Range, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    wrong = ~allowed.holds(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        x = jnp.abs(x) if jnp.iscomplexobj(x) else x.astype(jnp.int32)
+    nan = jnp.isnan(x)  # which the maximum of several devices may lose
+    most = jnp.where(wrong & ~nan, x, -(2**31)).max(initial=-(2**31))
+    return wrong.any(), (wrong & nan).any(), most
+
+
+@jax.jit
+def _lawful(part: Tree) -> dict[Any, jax.Array]:
     laws = [(place, node.laws()) for place, node in tied("", part)]
-    return ranges, {(place, law): jnp.all(holds[law]) for place, holds in laws for law in holds}
+    return {(place, law): jnp.all(holds[law]) for place, holds in laws for law in holds}
 
 
 def _misfits(part: _Part) -> list[Problem]:
@@ -213,7 +232,7 @@ def _unlike(place: str, held: list[Field]) -> list[Problem]:
     shorter = [{x[:i] + x[i + 1 :] for i in range(len(x))} for x in longer]
     if len(plain) <= 1 and all(plain <= shapes for shapes in shorter):
         return []
-    found = ", ".join(f"{f.place.removeprefix(place)[1:]} {f.x.shape}" for f in held)
+    found = ", ".join(f"{f.place.removeprefix(f'{place}/')} {f.x.shape}" for f in held)
     return [Problem(place, found, "one shape, with one more axis for the latest norms")]
 
 
@@ -248,7 +267,7 @@ def _repaired(part: _Part, problems: list[Problem]) -> Tree:
         keeps = lambda field: field.owner is Clock and field.place not in wrong and not lost
         triples = zip(held, leaves, starts, strict=True)
         new = treedef.unflatten([x if keeps(f) else _begun(f, x, s) for f, x, s in triples])
-        if not _misfits(part._replace(now=new)):
+        if not any(_problems([part._replace(now=new)])):
             return new
     raise ValueError(f"to repair this, pass like=tx.init(params): {problems[0]}")
 

@@ -29,11 +29,11 @@ def test_other_cell(check, variant):
 
 
 def test_an_ordinary_run_covers_every_check_and_variant():
-    """Every check meets a variant that learns and one that does not, and every variant many."""
+    """Every check meets a variant that learns and one that does not; the cheap ones meet all."""
     met = {name: {v for n, v in QUICK if n == name} for name in matrix.CHECKS}
     for group in (matrix.FIXED, matrix.LEARNING):
         assert all(variants & set(group) for variants in met.values())
-    assert min(sum(v == variant for _, v in QUICK) for variant in matrix.EVERY) > 15
+    assert sum(variants == set(matrix.EVERY) for variants in met.values()) > 10
 
 
 def test_every_check_is_in_the_table():
