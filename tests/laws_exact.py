@@ -9,7 +9,7 @@ import numpy as np
 import trees
 from oracles import tree_norm, unit_axes
 from roster import WARM
-from runs import ALL, SMALLEST, limit_of, limits, run, sizes
+from runs import ALL, SMALLEST, limit_of, limits, lost, run, sizes
 from strategies import OTHERS, drawn
 
 MARGIN = 2.0**-20  # above all errors of a float32 norm
@@ -42,6 +42,7 @@ def no_op(name, structure, case):
     allowed = limits(name, before, limit_of(name, d), out)
     measured = out.metrics[0]
     exactly = ALL[name].groups == "tree" and bool(measured["norm"] <= measured["limit"])
+    exactly &= not structure.startswith("double")  # metrics are float32, such norms are not
     for k, x in d.grads.items():
         within = exactly | (before[k] <= allowed[k] * (1 - MARGIN))
         same_bits(out.updates[0][k], x, where=within)
@@ -114,7 +115,8 @@ def homogeneous(name, structure, case):
         times = 1.0
     for k in y:
         expected = _scaled({k: y[k]}, times)[k]
-        same_bits(z[k], expected, where=_is_normal(y[k]) & _is_normal(expected))
+        vanished = (y[k] == 0) & (d.grads[k] != 0)  # in float16, and perhaps not twice as large
+        same_bits(z[k], expected, where=_is_normal(y[k]) & _is_normal(expected) & ~vanished)
 
 
 def forgets(name, structure, case):
@@ -169,9 +171,9 @@ def strict(name, structure, case):
     """Under scale.strict the float64 norm is <= the limit, and f(f(x)) has the bits of f(x)."""
     d = drawn(case, structure)
     y = run(name, structure, d, [d.grads]).updates[0]
-    after = sizes(name, y, d.params)
+    after, flushed = sizes(name, y, d.params), lost(name, d)  # what is flushed has norm 0
     for k in y:
-        assert (after[k] <= np.float64(d.limit)).all(), (k, after[k] / d.limit - 1)
+        assert (after[k] <= np.maximum(np.float64(d.limit), flushed[k])).all(), (k, after[k])
     z = run(name, structure, d, [y]).updates[0]
     for k in y:
         same_bits(z[k], y[k])
