@@ -23,7 +23,7 @@ SPECS = {
     "attention": PartitionSpec(None, "y", None),
     "conv": PartitionSpec(),
 }
-SHAPES = {1: (1, 1), 2: (1, 2), 4: (4, 1), 8: (4, 2)}  # devices along x and y
+SHAPES = {1: (1, 1), 2: (1, 2), 4: (2, 2), 8: (4, 2)}  # devices along x and y
 NAMES = [*EVERY, "adaptive_grad_clip stacked", "adaptive_grad_clip per_tensor"]
 
 
@@ -83,7 +83,9 @@ def check(name, axis_type, mode, devices):
             assert update.sharding.is_equivalent_to(grads[leaf].sharding, update.ndim)
         for before, after in zip(jax.tree.leaves(first), jax.tree.leaves(state), strict=True):
             assert before.sharding.is_equivalent_to(after.sharding, before.ndim)
-        if mode == "jit" and devices > 1:  # one device can be spelled in too many ways
+        # Over an axis of one device, a sharding of entries is spelled one way before the first
+        # step and another one after, on an Auto mesh: then it is compiled twice.
+        if mode == "jit" and 1 not in SHAPES[devices]:
             assert step._cache_size() == 1
 
 
