@@ -178,15 +178,19 @@ def _problems(parts: list[_Part]) -> list[list[Problem]]:
             if not holds
         ]
 
-    triples = zip(parts, misfits, jax.device_get(verdicts), strict=True)
+    triples = zip(parts, misfits, verdicts, strict=True)
     return [wrong or of(part, verdict) for part, wrong, verdict in triples]
 
 
 def _judged(part: Tree) -> tuple[dict[Any, Any], dict[Any, Any]]:
     """By place and range: whether some number is not in it, and which; by place and law: if so."""
-    # A program per range, not one for all: that would be compiled anew for every model.
-    ranges = {(f.place, str(f.allowed)): _outside(f.allowed, f.x) for f in fields("", part)}
-    return ranges, _lawful(part) if any(tied("", part)) else {}
+    # A program per range, not one for all: that would be compiled anew for every model. Each is
+    # waited for: many at once over the devices of one CPU wait for each other's threads, and die.
+    ranges = {
+        (f.place, str(f.allowed)): jax.device_get(_outside(f.allowed, f.x))
+        for f in fields("", part)
+    }
+    return ranges, jax.device_get(_lawful(part)) if any(tied("", part)) else {}
 
 
 @functools.partial(jax.jit, static_argnums=0)
