@@ -23,7 +23,8 @@ SPECS = {
     "attention": PartitionSpec(None, "y", None),
     "conv": PartitionSpec(),
 }
-SHAPES = {1: (1, 1), 2: (1, 2), 4: (2, 2), 8: (4, 2)}  # devices along x and y
+SHAPES = {1: (1, 1), 2: (1, 2), 4: (4, 1), 8: (4, 2)}  # devices along x and y
+TWICE = ("clip_by_second_moment", "scale_by_stable_adam")
 NAMES = [*EVERY, "adaptive_grad_clip stacked", "adaptive_grad_clip per_tensor"]
 
 
@@ -83,10 +84,11 @@ def check(name, axis_type, mode, devices):
             assert update.sharding.is_equivalent_to(grads[leaf].sharding, update.ndim)
         for before, after in zip(jax.tree.leaves(first), jax.tree.leaves(state), strict=True):
             assert before.sharding.is_equivalent_to(after.sharding, before.ndim)
-        # Over an axis of one device, a sharding of entries is spelled one way before the first
-        # step and another one after, on an Auto mesh: then it is compiled twice.
-        if mode == "jit" and 1 not in SHAPES[devices]:
-            assert step._cache_size() == 1
+        if mode == "jit" and devices > 1:  # one device can be spelled in too many ways
+            # A fault that is known: over an axis of one device, a sharding of entries is spelled
+            # one way before the first step on an Auto mesh, and another one after.
+            known = axis_type == AxisType.Auto and 1 in SHAPES[devices] and name in TWICE
+            assert step._cache_size() == (2 if known else 1)
 
 
 both_types = pytest.mark.parametrize(
