@@ -239,7 +239,7 @@ def _scaled(
 def _multiplied(grads: Tree, factors: Tree, bad: Tree, scale: Scale, nonfinite: str) -> Tree:
     cast = getattr(scale, "cast", lambda x, dtype: x.astype(dtype))
 
-    def multiplied(grad: jax.Array, factor: jax.Array, bad: jax.Array) -> jax.Array:
+    def multiplied(grad: jax.Array, factor: jax.Array, bad: jax.Array, keep: jax.Array) -> jax.Array:
         # Where each entry has a factor of its own, XLA would write them all to memory if they were
         # used twice. Elsewhere, a mask of the entries would cost a sixth of a step, and one number
         # per group says which are bad.
@@ -249,10 +249,11 @@ def _multiplied(grads: Tree, factors: Tree, bad: Tree, scale: Scale, nonfinite: 
         x = widen(grad)
         y = x * factor.astype(x.dtype)
         if nonfinite == "zero" and not single:
-            y = jnp.where(bad, jnp.zeros_like(y), y)  # 0 x inf is NaN
+            y = where(bad, jax.lax.full_like(y, 0), y)  # 0 x inf is NaN
         rounded = y if y.dtype == grad.dtype else cast(y, grad.dtype)
         # Not y alone: XLA:CPU flushes subnormal numbers in a multiplication by 1.
-        return where(y == x if single else factor == 1, grad, rounded)
+        return where(y == x if single else keep, grad, rounded)
 
     each = functools.partial(jax.tree.broadcast, full_tree=grads)
-    return jax.tree.map(multiplied, grads, each(factors), each(bad))
+    keep = jax.tree.map(lambda factor: factor == 1, factors)
+    return jax.tree.map(multiplied, grads, each(factors), each(bad), each(keep))

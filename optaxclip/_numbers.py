@@ -45,21 +45,29 @@ def sanitized(x: jax.Array) -> jax.Array:
     return where(jnp.isfinite(x), x, jnp.zeros_like(x))
 
 
-@jax.custom_jvp
 def where(mask: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
     """`jnp.where`, bit for bit: XLA:CPU may choose narrow floats as float32, and flush them."""
-    width = jnp.finfo(x.dtype).bits
-    if width not in (8, 16):  # wider ones are chosen as they are, and 4 bits cannot be cast
-        return jnp.where(mask, x, y)
-    as_bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.dtype(f"uint{width}"))
-    return jax.lax.bitcast_convert_type(jnp.where(mask, as_bits(x), as_bits(y)), x.dtype)
+    # Wider ones are chosen as they are, and 4 bits cannot be cast.
+    return _where_bits(mask, x, y) if jnp.finfo(x.dtype).bits in (8, 16) else _where(mask, x, y)
 
 
-@where.defjvp
-def _where_jvp(
+def _where(mask: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    # Of 1200 leaves, jnp.where is traced and compiled in 2.0 s, this in 1.6.
+    return jax.lax.select(mask, x, y) if mask.ndim == 0 else jnp.where(mask, x, y)
+
+
+@jax.custom_jvp
+def _where_bits(mask: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    bits = jnp.dtype(f"uint{jnp.finfo(x.dtype).bits}")
+    as_bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=bits)
+    return jax.lax.bitcast_convert_type(_where(mask, as_bits(x), as_bits(y)), x.dtype)
+
+
+@_where_bits.defjvp
+def _where_bits_jvp(
     primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, jax.Array]:
-    return where(*primals), jnp.where(primals[0], tangents[1], tangents[2])
+    return _where_bits(*primals), _where(primals[0], tangents[1], tangents[2])
 
 
 def largest(x: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:

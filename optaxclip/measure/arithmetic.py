@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, Final
 
 import jax
@@ -68,6 +69,15 @@ def power_sum(x: jax.Array, ord: float, axes: Axes | None = None) -> jax.Array:
     return peak * _pth_root(jnp.sum(raised, axes, keepdims=True), ord)
 
 
+def square_sum(leaves: Sequence[jax.Array]) -> jax.Array:
+    """The sum of the squares of leaves of one shape, as ()."""
+    squares = [squared(widen(x)) for x in leaves]
+    while len(squares) > 1:  # in pairs: a chain of sixteen would round sixteen times
+        odd = squares[len(squares) & ~1 :]
+        squares = [*map(jax.lax.add, squares[::2], squares[1::2]), *odd]
+    return jnp.sum(squares[0])
+
+
 def joined(sums: jax.Array, ord: float, over: Names) -> jax.Array:
     """The power sums of whole groups, of those of their shards, entry by entry."""
     if not over:
@@ -120,16 +130,19 @@ def in_range(measure: Measure, grads: Tree, params: Tree) -> Tree:
         scaled = jax.tree.map(lambda g: g * power.astype(g.dtype), grads)
         return jax.tree.map(lambda n: n / power.astype(n.dtype), measure.norms(scaled, params))
 
-    def again(power: float, needed: jax.Array) -> Tree:
+    def again(power: Any, needed: jax.Array) -> Tree:
         # Hidden from XLA, which would make (x * power) * (x * power) into (x * x) * power^2.
-        hidden = jax.lax.optimization_barrier(jnp.float32(power))
+        hidden = jax.lax.optimization_barrier(jnp.asarray(power, jnp.float32))
         return jax.lax.cond(needed, measured_times, lambda power: norms, hidden)
 
     small = jnp.any(jnp.stack([jnp.any(norm < LOW) for norm in leaves]))
     large = jnp.any(jnp.stack([jnp.any(~jnp.isfinite(norm)) for norm in leaves]))
-    needed = shards.anywhere(jnp.stack([small, large]))  # there may be collectives in a branch
+    # There may be collectives in a branch.
+    small, large = jnp.unstack(shards.anywhere(jnp.stack([small, large])))
+    if len(leaves) == 1 and leaves[0].size == 1:
+        return again(jnp.where(small, LIFT, DROP), small | large)
     # No scan over both: jax 0.12 compiles one in 12 s for 400 leaves, this in 2 s.
-    return jax.tree.map(_best, norms, again(LIFT, needed[0]), again(DROP, needed[1]))
+    return jax.tree.map(_best, norms, again(LIFT, small), again(DROP, large))
 
 
 def _best(norm: jax.Array, lifted: jax.Array, dropped: jax.Array) -> jax.Array:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 Names = tuple[str, ...]
 AxisName = str | Names | Callable[[str, jax.Array], str | Names | None] | None
@@ -87,6 +88,20 @@ def anywhere(flag: jax.Array) -> jax.Array:
     mapped = _manual()
     names = varying(flag) if all(map(_is_tracked, mapped)) else mapped
     return jax.lax.pmax(flag.astype(jnp.int32), names) > 0 if names else flag
+
+
+def layout(x: jax.Array) -> Hashable | None:
+    """How a leaf lies on devices: arrays of equal layout are added up where they are.
+
+    None if that is not known here: on an Auto mesh, XLA decides it later, and without a mesh the
+    arguments of a compiled function may be on several devices all the same.
+    """
+    kind = jax.typeof(x).sharding
+    if kind.mesh.empty:
+        return () if jax.device_count() == 1 else None
+    if kind.mesh.size > 1 and AxisType.Auto in kind.mesh.axis_types:
+        return None
+    return kind.mesh, kind.spec, varying(x)
 
 
 def varying(x: Any) -> Names:

@@ -1,0 +1,63 @@
+"""leaves -> bundles: small leaves that are alike, whose squares are added up in one loop.
+
+XLA makes a loop of every sum. The squares of up to sixteen leaves of one shape, added entry by
+entry before they are summed, are one loop for all of them, without a copy: of 960 leaves of 64
+entries, XLA:CPU takes the norm in 0.51 ms in place of 1.35, and of 1200 leaves it compiles it in
+0.7 s in place of 1.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from .base import Tree, places
+from .shards import AxisName, Names, layout, split_over
+
+MOST = 16  # leaves in a bundle; of 8 to 32, the fastest
+# Entries of a leaf: 480 leaves of 4096 take 0.79 ms in bundles and 0.93 alone, 240 of 16384 take
+# 1.43 and 0.93.
+SMALL = 2**13
+
+
+class Bundle(NamedTuple):
+    """Leaves whose squares are added up together."""
+
+    leaves: list[jax.Array]
+    over: Names  # the mapped axes over which each of them is split
+
+
+def single(tree: Tree, axis_name: AxisName) -> list[Bundle]:
+    """Every leaf by itself, in the order of the tree."""
+    return [Bundle([g], split_over(axis_name, path, g)) for path, g in places(tree)]
+
+
+def together(tree: Tree, axis_name: AxisName) -> list[Bundle]:
+    """All leaves, those bundled that may be."""
+    alike: dict[Hashable, list[Bundle]] = {}
+    for i, bundle in enumerate(single(tree, axis_name)):
+        key = _key(bundle.leaves[0])
+        alike.setdefault(i if key is None else (*key, bundle.over), []).append(bundle)
+    return [
+        Bundle([each.leaves[0] for each in part], part[0].over)
+        for group in alike.values()
+        for part in _parts(group)
+    ]
+
+
+def _key(leaf: jax.Array) -> tuple[Any, ...] | None:
+    """What leaves must have in common to be added entry by entry; None for one that stays alone."""
+    where = layout(leaf)
+    if leaf.size > SMALL or where is None:
+        return None
+    return leaf.shape, leaf.dtype, where
+
+
+def _parts(group: Sequence[Bundle]) -> list[Sequence[Bundle]]:
+    """Parts of one length if possible: loops that are equal are compiled once."""
+    fewest = -(-len(group) // MOST)
+    count = next((n for n in range(fewest, 2 * fewest + 1) if len(group) % n == 0), fewest)
+    length = -(-len(group) // count)
+    return [group[i : i + length] for i in range(0, len(group), length)]
