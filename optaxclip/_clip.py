@@ -114,14 +114,21 @@ def clip(
         measured, finite = _measured(measure, grads, params, nonfinite)
         norms, treedef = jax.tree.flatten(measured)
         memories = _apart(state.memory, treedef, norms, threshold)
+        limits: list[jax.Array] = []
         groups: list[Groups] = []
+        bounds = measure.entries and scale is rescale
         for i, (norm, ok) in enumerate(zip(norms, jax.tree.leaves(finite), strict=True)):
             limit, memories[i] = _limited(threshold, norm, ok, memories[i])
-            groups.append(_scaled(scale, norm, ok, limit, nonfinite))
+            limits.append(limit)
+            if not bounds or state.metrics is not None:
+                groups.append(_scaled(scale, norm, ok, limit, nonfinite))
         spread = lambda parts: measure.spread(treedef.unflatten(parts), grads)
-        factors = spread([group.factor for group in groups])
-        bad = spread([~jnp.isfinite(group.norm) for group in groups])
-        updates = _multiplied(grads, factors, bad, scale, nonfinite)
+        if bounds:
+            updates = _bounded(grads, spread(limits), nonfinite)
+        else:
+            factors = spread([group.factor for group in groups])
+            bad = spread([~jnp.isfinite(group.norm) for group in groups])
+            updates = _multiplied(grads, factors, bad, scale, nonfinite)
         metrics = None if state.metrics is None else observe(state.metrics, groups)
         memory = treedef.unflatten(memories) if jax.tree.leaves(state.memory) else ()
         return updates, ClipState(memory, metrics)
@@ -257,3 +264,25 @@ def _multiplied(grads: Tree, factors: Tree, bad: Tree, scale: Scale, nonfinite: 
     each = functools.partial(jax.tree.broadcast, full_tree=grads)
     keep = jax.tree.map(lambda factor: factor == 1, factors)
     return jax.tree.map(multiplied, grads, each(factors), each(bad), each(keep))
+
+
+def _bounded(grads: Tree, limits: Tree, nonfinite: str) -> Tree:
+    """What `rescale` makes of entries that have a limit each.
+
+    Not by a factor: XLA takes a quotient for expensive, and writes it to memory where it has two
+    uses, as in Adam. clip_by_value and AdamW, 10 M entries: 28.8 ms by factors, 15.7 so.
+    """
+
+    def bounded(grad: jax.Array, limit: jax.Array) -> jax.Array:
+        x, allowed = widen(grad), jnp.where(_is_bad(limit), 0, limit)
+        size = jnp.abs(x)
+        if jnp.iscomplexobj(x):
+            most = x * rescale(size, allowed).astype(x.dtype)
+        else:
+            most = jnp.where(x < 0, -allowed, allowed)
+        other = jnp.nan if nonfinite == "propagate" else 0
+        most = jnp.where(size < jnp.inf, most, jnp.full_like(x, other))
+        kept = (size <= allowed) & (size < jnp.inf)
+        return where(kept, grad, most.astype(grad.dtype))
+
+    return jax.tree.map(bounded, grads, limits)

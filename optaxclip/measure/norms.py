@@ -208,7 +208,7 @@ def element() -> Measure:
         del params
         return [jnp.abs(widen(g)) for g in jax.tree.leaves(grads)]
 
-    return Measure(norms, _like_leaves, sums=False)
+    return Measure(norms, _like_leaves, sums=False, entries=True)
 
 
 def _per_entry(power: float, axis_name: AxisName) -> Measure:
