@@ -120,8 +120,10 @@ def clip(
         for i, (norm, ok) in enumerate(zip(norms, jax.tree.leaves(finite), strict=True)):
             limit, memories[i] = _limited(threshold, norm, ok, memories[i])
             limits.append(limit)
-            if not bounds or state.metrics is not None:
+            if not bounds:
                 groups.append(_scaled(scale, norm, ok, limit, nonfinite))
+            elif state.metrics is not None:
+                groups.append(_bounded_groups(norm, ok, limit, nonfinite))
         spread = lambda parts: measure.spread(treedef.unflatten(parts), grads)
         if bounds:
             updates = _bounded(grads, spread(limits), nonfinite)
@@ -246,7 +248,9 @@ def _scaled(
 def _multiplied(grads: Tree, factors: Tree, bad: Tree, scale: Scale, nonfinite: str) -> Tree:
     cast = getattr(scale, "cast", lambda x, dtype: x.astype(dtype))
 
-    def multiplied(grad: jax.Array, factor: jax.Array, bad: jax.Array, keep: jax.Array) -> jax.Array:
+    def multiplied(
+        grad: jax.Array, factor: jax.Array, bad: jax.Array, is_1: jax.Array
+    ) -> jax.Array:
         # Where each entry has a factor of its own, XLA would write them all to memory if they were
         # used twice. Elsewhere, a mask of the entries would cost a sixth of a step, and one number
         # per group says which are bad.
@@ -259,11 +263,22 @@ def _multiplied(grads: Tree, factors: Tree, bad: Tree, scale: Scale, nonfinite: 
             y = where(bad, jax.lax.full_like(y, 0), y)  # 0 x inf is NaN
         rounded = y if y.dtype == grad.dtype else cast(y, grad.dtype)
         # Not y alone: XLA:CPU flushes subnormal numbers in a multiplication by 1.
-        return where(y == x if single else keep, grad, rounded)
+        return where(y == x if single else is_1, grad, rounded)
 
     each = functools.partial(jax.tree.broadcast, full_tree=grads)
-    keep = jax.tree.map(lambda factor: factor == 1, factors)
-    return jax.tree.map(multiplied, grads, each(factors), each(bad), each(keep))
+    is_1 = jax.tree.map(lambda factor: factor == 1, factors)
+    return jax.tree.map(multiplied, grads, each(factors), each(bad), each(is_1))
+
+
+def _bounded_groups(norm: jax.Array, finite: jax.Array, limit: jax.Array, nonfinite: str) -> Groups:
+    """What the record needs of entries that have a limit each."""
+    counts, allowed = jnp.isfinite(norm), jnp.where(_is_bad(limit), 0, limit)
+    excess = jnp.where(norm > allowed, norm * (1 / allowed), 1)
+    bad = norm if nonfinite == "propagate" else jnp.full_like(norm, jnp.inf)
+    most = jnp.minimum(norm, allowed)
+    clipped_norm = jnp.where(counts, most, jnp.nan if nonfinite == "propagate" else 0)
+    not_used = jnp.zeros(())
+    return Groups(norm, clipped_norm, limit, not_used, finite, jnp.where(counts, excess, bad))
 
 
 def _bounded(grads: Tree, limits: Tree, nonfinite: str) -> Tree:

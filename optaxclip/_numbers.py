@@ -83,12 +83,6 @@ def largest(x: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
     return jnp.where(bad, jnp.full_like(most, jnp.nan), most)
 
 
-def smallest(x: jax.Array) -> jax.Array:
-    """The minimum of all, as (); NaN if there is one, on a mesh too, see `largest`."""
-    least = jnp.min(x)
-    return jnp.where(jnp.isnan(jnp.sum(jnp.square(x))), jnp.full_like(least, jnp.nan), least)
-
-
 def where_positive(fun: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
     """fun(x), with derivative 0 instead of infinity at 0; NaN stays NaN."""
     positive = x > 0

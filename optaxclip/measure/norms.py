@@ -13,6 +13,7 @@ from optaxclip._numbers import widen
 from . import bundles
 from .arithmetic import EUCLIDEAN, joined, p_norm, power_sum, root, square_sum
 from .base import Axes, AxisRule, Measure, Tree, places, resolve
+from .bundles import Bundle
 from .shards import AxisName, count, split_over
 
 
@@ -228,8 +229,10 @@ def _per_entry(power: float, axis_name: AxisName) -> Measure:
 
 def _sums(parts: list[Bundle], ord: float) -> jax.Array:
     """The power sum of every bundle, as one vector."""
-    each = [square_sum(part.leaves) if ord == EUCLIDEAN else power_sum(part.leaves[0], ord)
-            for part in parts]
+    each = [
+        square_sum(part.leaves) if ord == EUCLIDEAN else power_sum(part.leaves[0], ord)
+        for part in parts
+    ]
     dtype = jnp.float64 if any(x.dtype == jnp.float64 for x in each) else jnp.float32
     sums = [x.reshape(()).astype(dtype) for x in each]
     # One collective for all that are split over the same axes.

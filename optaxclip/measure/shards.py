@@ -112,7 +112,7 @@ def varying(x: Any) -> Names:
 # jax.lax.pmax has no derivative, and that of floats drops NaN, see _numbers.largest.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _largest(x: jax.Array, names: Names) -> jax.Array:
-    return _in_order(jax.lax.pmax(_in_order(x), names))
+    return in_order(jax.lax.pmax(in_order(x), names))
 
 
 @_largest.defjvp
@@ -124,7 +124,7 @@ def _largest_jvp(
     return value, total(mine * tangents[0], names) / jnp.maximum(total(mine, names), 1)
 
 
-def _in_order(x: jax.Array) -> jax.Array:
+def in_order(x: jax.Array) -> jax.Array:
     """float32 or float64 as the integers that are ordered alike, NaN the largest; or back."""
     bits = f"int{8 * x.dtype.itemsize}"
     if not jnp.issubdtype(x.dtype, jnp.floating):
