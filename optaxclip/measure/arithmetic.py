@@ -140,41 +140,56 @@ def in_range(measure: Measure, grads: Tree, params: Tree) -> Tree:
         return measure.norms(grads, params)
 
     wide = any(real_dtype(g) == jnp.float64 for g in jax.tree.leaves(grads))
-
-    def measured(factor: jax.Array | None = None) -> Tree:
-        # Widened in here, because a branch takes its operands as arrays in memory.
-        seen = jax.tree.map(functools.partial(_widened, wide=wide), grads)
-        if factor is not None:
-            seen = jax.tree.map(lambda g: g * factor.astype(g.dtype), seen)
-        return measure.norms(seen, params)
-
-    norms = measured()
+    # Widened where it is used, because a branch takes its operands as arrays in memory.
+    widened = functools.partial(_widened, wide=wide)
+    norms = measure.norms(jax.tree.map(widened, grads), params)
     leaves = jax.tree.leaves(norms)
     if not leaves:
         return norms
 
-    def measured_times(power: jax.Array) -> Tree:
-        return jax.tree.map(lambda n: n / power.astype(n.dtype), measured(power))
+    def times(powers: Tree, spread: Tree) -> Tree:
+        """The norms of the gradients times powers of two, over these."""
+        each = jax.tree.broadcast(spread, grads)
+        scaled = jax.tree.map(
+            lambda g, p: g * p.astype(g.dtype), jax.tree.map(widened, grads), each
+        )
+        return jax.tree.map(
+            lambda n, p: n / p.astype(n.dtype), measure.norms(scaled, params), powers
+        )
 
-    def again(power: Any, needed: jax.Array) -> Tree:
+    def look_again() -> Tree:
+        powers = jax.tree.map(_power, norms)
+        spread = measure.spread(powers, grads)
+        arrays = zip(jax.tree.leaves(spread), jax.tree.leaves(powers), strict=False)
+        if all(a is b for a, b in arrays):
+            return jax.tree.map(_better, norms, times(powers, spread))
+        # A loop that reads its power as a slice of a vector is compiled for itself: one for all.
+        return functools.reduce(all_times, ((_is_small, LIFT), (_is_large, DROP)), norms)
+
+    def all_times(found: Tree, round: tuple[Callable[[jax.Array], jax.Array], float]) -> Tree:
+        is_such, power = round
         # Hidden from XLA, which would make (x * power) * (x * power) into (x * x) * power^2.
-        hidden = jax.lax.optimization_barrier(jnp.asarray(power, jnp.float32))
-        return jax.lax.cond(needed, measured_times, lambda power: norms, hidden)
+        hidden = jax.lax.optimization_barrier(jnp.float32(power))
+        powers = jax.tree.map(lambda norm: hidden, norms)
+        again = lambda: times(powers, hidden)
+        other = jax.lax.cond(some(is_such), again, lambda: norms)
+        return jax.tree.map(
+            lambda n, old, new: jnp.where(is_such(n), new, old), norms, found, other
+        )
 
     def some(is_such: Callable[[jax.Array], jax.Array]) -> jax.Array:
         # There may be collectives in a branch.
         return shards.anywhere(jnp.any(jnp.stack([jnp.any(is_such(norm)) for norm in leaves])))
 
-    def each() -> Tree:
-        # No scan over both: jax 0.12 compiles one in 12 s for 400 leaves, this in 2 s.
-        lifted, dropped = again(LIFT, some(_is_small)), again(DROP, some(_is_large))
-        return jax.tree.map(_best, norms, lifted, dropped)
+    return jax.lax.cond(some(lambda n: _is_small(n) | _is_large(n)), look_again, lambda: norms)
 
-    odd = some(lambda norm: _is_small(norm) | _is_large(norm))
-    if len(leaves) == 1 and leaves[0].size == 1:
-        power = jnp.where(_is_small(leaves[0].reshape(())), LIFT, DROP)
-        return again(power, odd)
-    return jax.lax.cond(odd, each, lambda: norms)
+
+def _power(norm: jax.Array) -> jax.Array:
+    return jnp.where(_is_small(norm), LIFT, jnp.where(_is_large(norm), DROP, 1))
+
+
+def _better(norm: jax.Array, again: jax.Array) -> jax.Array:
+    return jnp.where(_is_small(norm) | _is_large(norm), again, norm)
 
 
 def _is_small(norm: jax.Array) -> jax.Array:
@@ -183,10 +198,6 @@ def _is_small(norm: jax.Array) -> jax.Array:
 
 def _is_large(norm: jax.Array) -> jax.Array:
     return ~jnp.isfinite(norm)
-
-
-def _best(norm: jax.Array, lifted: jax.Array, dropped: jax.Array) -> jax.Array:
-    return jnp.where(_is_small(norm), lifted, jnp.where(_is_large(norm), dropped, norm))
 
 
 def _widened(g: jax.Array, *, wide: bool) -> jax.Array:
