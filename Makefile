@@ -12,7 +12,7 @@ BIN := .venv/bin
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test suite proof matrix fuzz mutants lint format clean
+.PHONY: help venv demo test suite proof matrix fuzz mutants bench lint format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
@@ -32,11 +32,17 @@ ifeq ($(PYTHON),)
 	else echo "No Python 3.13 found: the newest JAX is not tested here."; fi
 endif
 
+# The tests pretend to have eight devices. With one, leaves are bundled and metrics are taken in
+# one read, so what this concerns is tested once more.
+ONE_DEVICE := --xla_force_host_platform_device_count=1
+
 # Not `python -m pytest`, which would put the checkout before the wheel.
 suite:
 	@$(BIN)/python -c "import jax, sys; print('Python', sys.version.split()[0], 'jax', jax.__version__)"
 	OPTAXCLIP_TESTED=wheel $(BIN)/pytest -q -n auto --dist worksteal --durations=10 \
 	  --pyargs optaxclip tests/ $(ARGS)
+	XLA_FLAGS=$(ONE_DEVICE) OPTAXCLIP_TESTED=wheel $(BIN)/pytest -q -n auto --dist worksteal \
+	  tests/test_bundles.py tests/test_clip.py tests/test_measure.py tests/test_record.py
 
 proof: venv ## the long proofs: every variant on every mesh and in every wrapper (an hour)
 	$(BIN)/pytest -q -m proof -n auto --dist worksteal --durations=20 tests/ $(ARGS)
@@ -49,6 +55,9 @@ fuzz: venv ## try the laws on fresh trees for ten minutes, and count
 
 mutants: venv ## break the package on purpose, one fault after the other: tests must notice
 	$(BIN)/python tests/mutants.py $(ARGS)
+
+bench: venv ## time every drop-in beside Optax's own, into the results of this machine (20 minutes)
+	$(BIN)/python benchmarks/overhead.py --save $(ARGS)
 
 lint: venv ## check style, formatting and types
 	$(BIN)/ruff check .

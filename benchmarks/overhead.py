@@ -1,143 +1,166 @@
-"""What a clipper adds to a training step: compile time and step time, beside Optax's own.
+"""What a clipper adds to a training step: compile time, step time, memory, kernels.
 
-The steps of all candidates run in turn, round after round, so that a busy machine slows them alike;
-the table gives medians, and ratios to the first line: the step without a clipper, or, for the
-adaptive ones on the whole tree, the step with a fixed limit.
+Every candidate is a whole step: clip, optimizer, `apply_updates`; parameters and state are donated.
+All of a group (a tree, a size, a dtype, an optimizer) run in turn, round after round in a new
+order, so that a busy machine slows them alike; ratios are medians over rounds. The bare step and
+Optax's clip run twice under two names: how far these are from 1 is the noise.
 
     python benchmarks/overhead.py
-    python benchmarks/overhead.py --clippers adaptive
-    python benchmarks/overhead.py --leaves 1200 --size 1000 --optimizer adamw --dtype bfloat16
+    python benchmarks/overhead.py --trees nfnet --sizes 1M,25M --variants all --dtype bfloat16
+    python benchmarks/overhead.py --peers --json out/overhead.json --plot out/overhead.png
+    python benchmarks/overhead.py --save     # into benchmarks/results, and then, into README.md:
+    python benchmarks/overhead.py --readme
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
-import statistics
-import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import itertools
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
 
-import optaxclip
+# Behind everything that is installed: a checkout is what to measure where there is no wheel.
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))
 
-OPTIMIZERS = {"sgd": lambda: optax.sgd(1e-3), "adamw": lambda: optax.adamw(1e-3)}
+import _plot  # noqa: E402
+import _report  # noqa: E402
+import _results  # noqa: E402
+from _candidates import OPTIMIZERS, select  # noqa: E402
+from _group import Group, How, run_group  # noqa: E402
+from _measure import WARMUP  # noqa: E402
+from _trees import TREES, shapes_of  # noqa: E402
 
-# By name: a clipper of this package, and the one of Optax that it replaces.
-CLIPPERS: dict[str, tuple[Callable[[], Any], Callable[[], Any] | None]] = {
-    "clip_by_global_norm": (
-        optaxclip.clip_by_global_norm,
-        lambda: optax.clip_by_global_norm(1.0),
-    ),
-    "clip_by_norm": (optaxclip.clip_by_norm, None),
-    "clip_by_block_rms": (optaxclip.clip_by_block_rms, lambda: optax.clip_by_block_rms(1.0)),
-    "clip_by_value": (optaxclip.clip_by_value, lambda: optax.clip(1.0)),
-    "clip_by_value, record=False": (
-        lambda: optaxclip.clip_by_value(record=False),
-        lambda: optax.clip(1.0),
-    ),
-    "adaptive_grad_clip": (optaxclip.adaptive_grad_clip, lambda: optax.adaptive_grad_clip(0.01)),
-}
+DTYPES = ("float32", "bfloat16")
+MUON_ON_CPU = 10**6  # parameters: Newton and Schulz take seconds per step for more
 
 
-# Limits of the norm of the whole tree; the first is fixed, and the others are compared with it. All
-# have the same ceiling, so that all clip, and do the same work on the gradients.
-WHOLE = {"measure": optaxclip.measure.global_norm(), "max_norm": 1.0}
-ADAPTIVE: dict[str, Callable[[], Any]] = {
-    "clip_by_global_norm": optaxclip.clip_by_global_norm,
-    "clip_by_percentile": lambda: optaxclip.clip_by_percentile(**WHOLE),
-    "autoclip": lambda: optaxclip.autoclip(**WHOLE),
-    "clip_by_quantile": lambda: optaxclip.clip_by_quantile(**WHOLE),
-    "zclip": lambda: optaxclip.zclip(**WHOLE),
-    "clip_by_sigma": lambda: optaxclip.clip_by_sigma(**WHOLE),
-    "clip_by_ema_ratio of the tree": lambda: optaxclip.clip_by_ema_ratio(**WHOLE),
-    "clip_by_norm_growth of the tree": lambda: optaxclip.clip_by_norm_growth(**WHOLE),
-    "clip_by_second_moment of the tree": lambda: optaxclip.clip_by_second_moment(**WHOLE),
-    "stabilize_gradients of the tree": lambda: optaxclip.stabilize_gradients(
-        measure=WHOLE["measure"]
-    ),
-}
+def options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line; a name that is not known is an error that lists what is."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--trees", default="gpt2,nfnet,scanned", help="with commas (%(default)s)")
+    add("--sizes", default="10M", help="parameters: 1M, 1.5G, max for what fits (%(default)s)")
+    add("--optimizers", default="sgd,adamw", help=f"of {', '.join(OPTIMIZERS)} (%(default)s)")
+    add("--variants", default="drop-ins", help="all, drop-ins, adaptive or names (%(default)s)")
+    add("--dtype", default="float32", help="float32, bfloat16 or both (%(default)s)")
+    add("--peers", action="store_true", help="also a one-liner, smartclip and PyTorch")
+    add("--devices", type=int, default=1, help="split the trees; a CPU pretends to be several")
+    add("--rounds", type=int, default=30, help="that count (%(default)s)")
+    add("--seconds", type=float, default=math.inf, help="of a group's rounds, at most")
+    add("--compiles", type=int, default=1, help="of each step, for the median (%(default)s)")
+    add("--json", type=Path, help="write all numbers to this file")
+    add("--plot", type=Path, help="draw the step times into this PNG file")
+    add("--profile", type=Path, help="write a profiler trace of three steps of each candidate")
+    add("--save", action="store_true", help="merge the numbers into the results of this device")
+    add("--results", type=Path, default=ROOT / "benchmarks/results", help="where they are kept")
+    add("--readme", nargs="?", type=Path, const=ROOT / "README.md", help="write their table, only")
+    add("--quick", action="store_true", help="tiny trees and two rounds: does everything run?")
+    args = parser.parse_args(arguments)
+    if args.quick:
+        args.sizes, args.rounds = "20k", 2
+    try:
+        args.trees = chosen(args.trees, TREES, "tree")
+        args.optimizers = chosen(args.optimizers, OPTIMIZERS, "optimizer")
+        args.dtype = chosen(args.dtype, DTYPES, "dtype")
+        args.sizes = [parse_size(size) for size in args.sizes.split(",")]
+        select(args.variants, "adamw", peers=args.peers)
+    except ValueError as error:
+        parser.error(str(error))
+    if min(args.rounds, args.devices, args.compiles) < 1:
+        parser.error("--rounds, --devices and --compiles must be at least 1")
+    return args
 
 
-class Candidate(NamedTuple):
-    """A compiled training step, what it carries along, and what was measured of it."""
-
-    name: str
-    step: Callable[..., Any]
-    carry: list[Any]
-    compile_seconds: float
-    step_seconds: list[float]
+def chosen(names: str, allowed: Any, what: str) -> list[str]:
+    """The names in a list with commas."""
+    for name in names.split(","):
+        if name not in allowed:
+            raise ValueError(f"no {what} {name!r}; choose from {', '.join(allowed)}")
+    return names.split(",")
 
 
-def prepare(name: str, tx: optax.GradientTransformation, grads: list[jax.Array]) -> Candidate:
-    """Compiles a step that updates and applies, parameters and state donated."""
-
-    def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    params = [jnp.ones_like(g) for g in grads]
-    state = tx.init(params)
-    began = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, grads).compile()
-    return Candidate(name, compiled, [params, state], time.perf_counter() - began, [])
-
-
-def measure(candidates: list[Candidate], grads: list[jax.Array], rounds: int) -> None:
-    """Runs every candidate once per round; the first two rounds are not counted."""
-    for i in range(rounds + 2):
-        for candidate in candidates:
-            began = time.perf_counter()
-            candidate.carry[:] = candidate.step(*candidate.carry, grads)
-            jax.block_until_ready(candidate.carry)
-            if i >= 2:
-                candidate.step_seconds.append(time.perf_counter() - began)
+def parse_size(text: str) -> float:
+    """A number of parameters such as 1M; infinity for max."""
+    if text == "max":
+        return math.inf
+    try:
+        size = float(text.rstrip("kMG")) * {"k": 1e3, "M": 1e6, "G": 1e9}.get(text[-1:], 1)
+    except ValueError:
+        size = math.nan
+    if not 1 <= size < math.inf:
+        raise ValueError(f"no size {text!r}; write 1000000, 1M, 1.5G or max")
+    return size
 
 
-def report(candidates: list[Candidate]) -> None:
-    """One line per candidate; ratios are medians over rounds of step / first candidate's step."""
-    first = candidates[0]
-    print(f"{'':40} {'compile s':>10} {'step ms':>10} {'/ first':>8}")
-    for c in candidates:
-        milliseconds = 1e3 * statistics.median(c.step_seconds)
-        ratios = [a / b for a, b in zip(c.step_seconds, first.step_seconds, strict=True)]
-        ratio = statistics.median(ratios)
-        print(f"{c.name:40} {c.compile_seconds:10.2f} {milliseconds:10.2f} {ratio:8.3f}")
+def largest(optimizer: str, dtype: str, *, peers: bool) -> int:
+    """How many parameters fit: with gradients, moments, and one clipped copy of the gradients."""
+    memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    memory = memory or 0.6 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    arrays = 3 + {"sgd": 0, "adamw": 2, "muon": 4}[optimizer]
+    size = 4 if dtype == "float32" else 2
+    return int(0.8 * memory / size / arrays / (2 if peers else 1))
+
+
+def groups_of(args: argparse.Namespace) -> list[Group]:
+    """What is asked for, within what fits into memory."""
+    found = []
+    for tree, size, dtype, optimizer in itertools.product(
+        args.trees, args.sizes, args.dtype, args.optimizers
+    ):
+        fits = largest(optimizer, dtype, peers=args.peers)
+        if optimizer == "muon" and jax.default_backend() == "cpu":
+            fits = min(fits, MUON_ON_CPU)
+        if fits < size < math.inf:
+            print(f"{tree}, {optimizer}, {dtype}: {fits:,} parameters, as {size:,.0f} are too many")
+        shapes = shapes_of(tree, int(min(size, fits)))
+        found.append(Group(tree, shapes, dtype, optimizer, args.devices))
+    return [*{str(group): group for group in found}.values()]
 
 
 def main() -> None:
-    """Reads the options, measures, prints."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--clippers", choices=["fixed", "adaptive"], default="fixed")
-    parser.add_argument("--leaves", type=int, default=148, help="in the tree (%(default)s)")
-    parser.add_argument("--size", type=int, default=90_000, help="entries per leaf (%(default)s)")
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--rounds", type=int, default=20, help="(%(default)s)")
-    args = parser.parse_args()
+    """Reads the options, measures, prints and writes."""
+    args = options()
+    if args.readme:
+        sys.exit(_results.insert_table(args.results, args.readme))
+    if args.devices > 1:
+        pretend(args.devices)
+    jax.config.update("jax_enable_compilation_cache", False)  # noqa: FBT003 - it is JAX's own
+    device = _results.device(args.devices)
+    print(_results.line(device))
+    how = How(args.rounds, args.seconds, args.compiles, args.peers, args.profile)
+    work = [(g, select(args.variants, g.optimizer, peers=args.peers)) for g in groups_of(args)]
+    ticks = sum(len(c) + how.rounds + max(3, how.rounds // 3) + 2 * WARMUP for _, c in work)
+    rows = []
+    with _report.progress(ticks) as tick:
+        for group, candidates in work:
+            rows += run_group(group, candidates, how, tick)
+    _report.report(rows)
+    given = {name: str(value) for name, value in vars(args).items() if name != "results"}
+    results = {**device, "arguments": given, "rows": rows}
+    if args.json:
+        _results.write(args.json, results)
+    if args.save:
+        print("saved:", _results.merge(args.results, results))
+    if args.plot and (reason := _plot.draw(rows, _results.line(device), args.plot)):
+        print(reason)
 
-    keys = jax.random.split(jax.random.key(0), args.leaves)
-    grads = [jax.random.normal(key, (args.size // 10, 10), args.dtype) for key in keys]
-    print(
-        f"{args.leaves} leaves of {args.size} {args.dtype}, {args.optimizer}; "
-        f"{jax.devices()[0].device_kind}, {platform.machine()}, jax {jax.__version__}, "
-        f"optax {optax.__version__}"
-    )
-    optimizer = OPTIMIZERS[args.optimizer]
-    chained = lambda make: optax.chain(make(), optimizer())
-    if args.clippers == "adaptive":
-        candidates = [prepare(name, chained(make), grads) for name, make in ADAPTIVE.items()]
-    else:
-        candidates = [prepare("bare", optimizer(), grads)]
-        for name, makers in CLIPPERS.items():
-            for library, make in zip(("optaxclip", "optax"), makers, strict=True):
-                if make is not None:
-                    candidates.append(prepare(f"{library}: {name}", chained(make), grads))
-    measure(candidates, grads, args.rounds)
-    report(candidates)
+
+def pretend(devices: int) -> None:
+    """Has a CPU be several devices; XLA reads this when JAX first needs one."""
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    name = "--xla_force_host_platform_device_count"
+    kept = [flag for flag in flags if not flag.startswith(name)]
+    os.environ["XLA_FLAGS"] = " ".join([*kept, f"{name}={devices}"])
+    if len(jax.devices()) < devices:
+        sys.exit(f"--devices {devices}: there are {len(jax.devices())} here")
 
 
 if __name__ == "__main__":

@@ -106,27 +106,8 @@ def test_thresholds(tmp_path):
     assert (tmp_path / "thresholds.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_overhead():
-    """The benchmark prints a line for the bare step and for each candidate."""
-    done = run("benchmarks/overhead.py", "--leaves", 2, "--size", 100, "--rounds", 1)
-
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert lines[2].split()[0] == "bare"
-    assert {line.split()[0] for line in lines[3:]} == {"optaxclip:", "optax:"}
-
-
 def test_every_program_is_run_here():
-    """A program that is added to examples or benchmarks needs a test in this file."""
-    programs = {
-        f"{folder}/{path.name}"
-        for folder in ("examples", "benchmarks")
-        for path in (ROOT / folder).glob("[!_]*.py")
-    }
+    """A program that is added to examples needs a test in this file."""
+    programs = {path.name for path in (ROOT / "examples").glob("[!_]*.py")}
 
-    assert programs == {
-        "examples/char_lm.py",
-        "examples/fsdp.py",  # in test_fsdp.py
-        "examples/thresholds.py",
-        "benchmarks/overhead.py",
-    }
+    assert programs == {"char_lm.py", "fsdp.py", "thresholds.py"}  # fsdp.py in test_fsdp.py

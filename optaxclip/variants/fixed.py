@@ -45,8 +45,7 @@ def clip_by_value(
       >>> tx.update(grads, tx.init(grads))[0]
       Array([ 0.5, -1. ], dtype=float32)
 
-    Deviation from `optax.clip`: +-inf becomes 0, not +-c ("propagate" makes it NaN), and rounding
-    may leave an entry one unit in the last place off c.
+    Deviation from `optax.clip`: +-inf becomes 0, not +-c ("propagate" makes it NaN).
     """
     _check.limit(max_value=max_value)
     return clip(measure.element(), constant(max_value), nonfinite=nonfinite, record=record)

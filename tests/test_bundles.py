@@ -1,0 +1,131 @@
+"""Small leaves that are alike are summed in one loop; big temporary arrays are not made."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import trees
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import optaxclip as oc
+from optaxclip.measure import bundles
+
+ONE = pytest.mark.skipif(jax.device_count() > 1, reason="without a mesh: make test has one device")
+
+
+def on(axis_type, specs, devices=1):
+    """Leaves of 64 x 8 on a mesh, sharded as their specs say."""
+    mesh = jax.make_mesh(
+        (devices,), ("x",), axis_types=(axis_type,), devices=jax.devices()[:devices]
+    )
+    place = lambda i, spec: jax.device_put(trees.normal(64, 8, seed=i), NamedSharding(mesh, spec))
+    return {str(i): place(i, spec) for i, spec in enumerate(specs)}
+
+
+def lengths(tree):
+    return sorted(len(bundle.leaves) for bundle in bundles.together(tree, None))
+
+
+WHOLE, ROWS, COLUMNS = PartitionSpec(), PartitionSpec("x"), PartitionSpec(None, "x")
+
+
+@pytest.mark.parametrize(
+    ("leaves", "expected"), [(3, [3]), (16, [16]), (17, [8, 9]), (40, [10] * 4)]
+)
+def test_bundles_are_of_one_length_if_they_can(leaves, expected):
+    """No bundle has more than sixteen leaves, and equal ones are compiled once."""
+    assert lengths(on(AxisType.Explicit, [WHOLE] * leaves)) == expected
+
+
+def test_what_is_not_alike_is_apart():
+    """Leaves of another shape, dtype or size than a small one's are in no bundle with others."""
+    tree = on(AxisType.Explicit, [WHOLE] * 2)
+    tree["bfloat16"] = tree["0"].astype(jnp.bfloat16)
+    tree["flat"] = tree["0"].reshape(-1)
+    tree |= {f"big {i}": jnp.tile(tree["0"], (32, 1)) for i in range(2)}
+
+    assert lengths(tree) == [1, 1, 1, 1, 2]
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
+@pytest.mark.parametrize(
+    ("axis_type", "expected"), [(AxisType.Explicit, [2, 2, 2]), (AxisType.Auto, [1] * 6)]
+)
+def test_leaves_that_lie_elsewhere_are_apart(axis_type, expected):
+    """On a mesh, only leaves that are known to be split alike are added, where they are."""
+    tree = on(axis_type, [WHOLE, ROWS, COLUMNS] * 2, devices=8)
+    norms = jax.jit(lambda tree: oc.measure.global_norm().norms(tree, None))
+
+    assert lengths(tree) == expected
+    assert "all-gather" not in norms.lower(tree).compile().as_text()
+    whole = np.concatenate([np.ravel(x) for x in tree.values()]).astype(np.float64)
+    assert np.isclose(norms(tree), np.linalg.norm(whole), rtol=4 * 2.0**-24)
+
+
+@pytest.mark.parametrize("value", [1 / 3, 1.1, 3e-5])
+def test_equal_entries_are_added_in_pairs(value):
+    """Where all additions round alike, the norm of a bundle is off by four roundings, not by 16."""
+    tree = {
+        name: jnp.full_like(x, value) for name, x in on(AxisType.Explicit, [WHOLE] * 16).items()
+    }
+    exact = float(np.float32(value)) * (16 * 64 * 8) ** 0.5
+
+    assert lengths(tree) == [16]
+    # Half a unit for each of four additions of squares, and as much for square, sum and root.
+    assert abs(float(oc.measure.global_norm().norms(tree, None)) / exact - 1) <= 5 * 2.0**-24
+
+
+@ONE
+def test_one_loop_for_many_leaves():
+    """Of 320 small leaves, the norm takes a tenth as many kernels."""
+    tree = {str(i): jnp.ones((4, 4)) for i in range(320)}
+    norm = lambda tree: oc.measure.global_norm().norms(tree, None)
+
+    assert lengths(tree) == [16] * 20
+    assert jax.jit(norm).lower(tree).compile().as_text().count(" fusion(") <= 32
+
+
+TREE = {str(i): (256, 512) for i in range(6)} | {"bias": (512,)}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "make",
+    [
+        oc.clip_by_global_norm,
+        oc.clip_by_norm,
+        lambda: oc.clip_by_value(record=False),
+        pytest.param(oc.clip_by_value, marks=ONE),
+        oc.adaptive_grad_clip,
+        oc.zclip,
+    ],
+    ids=["global_norm", "norm", "value without metrics", "value", "adaptive_grad_clip", "zclip"],
+)
+def test_no_array_of_the_size_of_the_gradients(make, dtype):
+    """A clip has no temporary array as large as the gradients, whatever their dtype."""
+    grads = {name: jnp.ones(shape, dtype) for name, shape in TREE.items()}
+    tx = make()
+    compiled = jax.jit(tx.update).lower(grads, tx.init(grads), grads).compile()
+
+    total = sum(x.nbytes for x in grads.values())
+    # A broadcast number per shape, for the second look at leaf norms, is a sixth here.
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.45 * total
+
+
+def test_adam_reads_clipped_entries_twice_without_an_array_of_them():
+    """In a step with Adam, clip_by_value needs no array more than Adam does."""
+    params = {name: jnp.ones(shape) for name, shape in TREE.items()}
+
+    def temporary(tx):
+        def step(params, state, grads):
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, tx.init(params), params)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    bare = temporary(optax.adamw(1e-3))
+    for clip in (oc.clip_by_value(record=False), oc.clip_by_global_norm()):
+        more = temporary(optax.chain(clip, optax.adamw(1e-3))) - bare
+        assert more < 0.1 * sum(x.nbytes for x in params.values())
