@@ -257,7 +257,9 @@ def _multiplied(grads: Tree, factors: Tree, bad: Tree, scale: Scale, nonfinite: 
         single = factor.shape == grad.shape and grad.size > 1
         if nonfinite == "sanitize" or (nonfinite == "zero" and single):
             grad = sanitized(grad)
-        x = widen(grad)
+        # Hidden from XLA, which would widen once for norm and product, and write that to memory.
+        narrow = grad.dtype.itemsize < 4
+        x = widen(jax.lax.optimization_barrier(grad) if narrow else grad)
         y = x * factor.astype(x.dtype)
         if nonfinite == "zero" and not single:
             y = where(bad, jax.lax.full_like(y, 0), y)  # 0 x inf is NaN

@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optaxclip as oc
 from optaxclip.measure import bundles
+from optaxclip.measure.arithmetic import square_sum
 
 ONE = pytest.mark.skipif(jax.device_count() > 1, reason="without a mesh: make test has one device")
 
@@ -63,17 +64,13 @@ def test_leaves_that_lie_elsewhere_are_apart(axis_type, expected):
     assert np.isclose(norms(tree), np.linalg.norm(whole), rtol=4 * 2.0**-24)
 
 
-@pytest.mark.parametrize("value", [1 / 3, 1.1, 3e-5])
-def test_equal_entries_are_added_in_pairs(value):
-    """Where all additions round alike, the norm of a bundle is off by four roundings, not by 16."""
-    tree = {
-        name: jnp.full_like(x, value) for name, x in on(AxisType.Explicit, [WHOLE] * 16).items()
-    }
-    exact = float(np.float32(value)) * (16 * 64 * 8) ** 0.5
+def test_squares_are_added_in_pairs():
+    """A sum of 15 equal squares is rounded less often than one after the other."""
+    value = np.float32(1.8872055)  # added in a chain, its squares are off by 4.2 units
+    exact = 15 * float(value * value)
 
-    assert lengths(tree) == [16]
-    # Half a unit for each of four additions of squares, and as much for square, sum and root.
-    assert abs(float(oc.measure.global_norm().norms(tree, None)) / exact - 1) <= 5 * 2.0**-24
+    # At most four roundings of half a unit, each of a part of the sum; of random values, 1.5 at most.
+    assert abs(float(square_sum([jnp.full((1,), value)] * 15)) / exact - 1) <= 2 * 2.0**-24
 
 
 @ONE
@@ -109,8 +106,8 @@ def test_no_array_of_the_size_of_the_gradients(make, dtype):
     compiled = jax.jit(tx.update).lower(grads, tx.init(grads), grads).compile()
 
     total = sum(x.nbytes for x in grads.values())
-    # A broadcast number per shape, for the second look at leaf norms, is a sixth here.
-    assert compiled.memory_analysis().temp_size_in_bytes < 0.45 * total
+    # A broadcast float32 for the second look, as large as one leaf of six, may be there.
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.4 * total
 
 
 def test_adam_reads_clipped_entries_twice_without_an_array_of_them():
@@ -125,7 +122,9 @@ def test_adam_reads_clipped_entries_twice_without_an_array_of_them():
         lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, tx.init(params), params)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
-    bare = temporary(optax.adamw(1e-3))
-    for clip in (oc.clip_by_value(record=False), oc.clip_by_global_norm()):
-        more = temporary(optax.chain(clip, optax.adamw(1e-3))) - bare
-        assert more < 0.1 * sum(x.nbytes for x in params.values())
+    with jax.numpy_dtype_promotion("standard"):  # Optax promotes
+        bare = temporary(optax.adamw(1e-3))
+        for clip in (oc.clip_by_value(record=False), oc.clip_by_global_norm()):
+            more = temporary(optax.chain(clip, optax.adamw(1e-3))) - bare
+            # A broadcast number for the second look, as large as one leaf of six, is all.
+            assert more < 0.2 * sum(x.nbytes for x in params.values())
