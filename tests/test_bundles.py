@@ -69,7 +69,7 @@ def test_squares_are_added_in_pairs():
     value = np.float32(1.8872055)  # added in a chain, its squares are off by 4.2 units
     exact = 15 * float(value * value)
 
-    # At most four roundings of half a unit, each of a part of the sum; of random values, 1.5 at most.
+    # Four roundings at most, each of a part of the sum: of 20,000 values, 1.5 units at most.
     assert abs(float(square_sum([jnp.full((1,), value)] * 15)) / exact - 1) <= 2 * 2.0**-24
 
 
