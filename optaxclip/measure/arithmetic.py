@@ -149,13 +149,10 @@ def in_range(measure: Measure, grads: Tree, params: Tree) -> Tree:
 
     def times(powers: Tree, spread: Tree) -> Tree:
         """The norms of the gradients times powers of two, over these."""
-        each = jax.tree.broadcast(spread, grads)
-        scaled = jax.tree.map(
-            lambda g, p: g * p.astype(g.dtype), jax.tree.map(widened, grads), each
-        )
-        return jax.tree.map(
-            lambda n, p: n / p.astype(n.dtype), measure.norms(scaled, params), powers
-        )
+        seen, each = jax.tree.map(widened, grads), jax.tree.broadcast(spread, grads)
+        scaled = jax.tree.map(lambda g, p: g * p.astype(g.dtype), seen, each)
+        found = measure.norms(scaled, params)
+        return jax.tree.map(lambda n, p: n / p.astype(n.dtype), found, powers)
 
     def look_again() -> Tree:
         powers = jax.tree.map(_power, norms)
@@ -171,11 +168,9 @@ def in_range(measure: Measure, grads: Tree, params: Tree) -> Tree:
         # Hidden from XLA, which would make (x * power) * (x * power) into (x * x) * power^2.
         hidden = jax.lax.optimization_barrier(jnp.float32(power))
         powers = jax.tree.map(lambda norm: hidden, norms)
-        again = lambda: times(powers, hidden)
-        other = jax.lax.cond(some(is_such), again, lambda: norms)
-        return jax.tree.map(
-            lambda n, old, new: jnp.where(is_such(n), new, old), norms, found, other
-        )
+        other = jax.lax.cond(some(is_such), lambda: times(powers, hidden), lambda: norms)
+        chosen = lambda norm, old, new: jnp.where(is_such(norm), new, old)
+        return jax.tree.map(chosen, norms, found, other)
 
     def some(is_such: Callable[[jax.Array], jax.Array]) -> jax.Array:
         # There may be collectives in a branch.
