@@ -30,6 +30,11 @@ def part(tree: Tree) -> tuple[Tree, Callable[[Tree], Tree]]:
     return treedef.unflatten([x if is_float(x) else None for x in leaves]), whole
 
 
+def is_known(size: Any) -> bool:
+    """Whether a length or size is a number: jax.export may leave it open."""
+    return isinstance(size, int)
+
+
 def widen(x: jax.Array) -> jax.Array:
     """`x` in the dtype that computes with it: float32 at least; float64 and complex stay."""
     return x if x.dtype.itemsize >= np.dtype(np.float32).itemsize else x.astype(jnp.float32)

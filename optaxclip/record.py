@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ._numbers import is_known
 from ._range import Count, Range
 from .measure import shards
 
@@ -72,9 +73,9 @@ class Groups(NamedTuple):
     norm: jax.Array  # float32 or float64, before clipping
     clipped_norm: jax.Array  # as norm, after clipping
     limit: jax.Array  # as norm
-    factor: jax.Array  # as norm; () and not used if there is an excess
+    factor: jax.Array | None  # as norm; None if there is an excess
     finite: jax.Array  # bool, whether the norm of what came in was finite
-    excess: jax.Array | None = None  # as norm, 1 / factor, where that needs no quotient per group
+    excess: jax.Array | None = None  # as norm, >= 1, 1 / factor as far as it is no quotient
 
 
 def start() -> Metrics:
@@ -114,22 +115,25 @@ def observe(before: Metrics, groups: list[Groups]) -> Metrics:
 
 
 def _summary(g: Groups) -> _Summary:
-    shrunk = g.factor < 1 if g.excess is None else g.excess > 1
-    clipped = jnp.isfinite(g.norm) & shrunk
+    alike = lambda x: jnp.broadcast_to(x.astype(g.norm.dtype), g.norm.shape)
     # The smallest factor is that of the largest of these.
-    order = -g.factor if g.excess is None else g.excess
+    order = -alike(g.factor) if g.excess is None else g.excess
+    clipped = jnp.isfinite(g.norm) & (order > (-1 if g.excess is None else 1))
+    sizes = (g.norm, alike(g.clipped_norm), -alike(g.limit), order)
+    masks = (clipped, ~g.finite)
     one_device = shards.layout(g.norm) == () and g.norm.dtype == jnp.float32
-    if one_device and 1 < g.norm.size < 2**31:  # and int32 can count them
-        norm, clipped_norm, limit, last, *counts = _in_one_read(
-            [g.norm, g.clipped_norm, -g.limit, order], [clipped, ~g.finite]
-        )
+    if one_device and is_known(g.norm.size) and 1 < g.norm.size < 2**31:  # for int32 to count
+        found = _in_one_read(sizes, masks)
     else:
-        norm, clipped_norm, limit, last = map(_most, (g.norm, g.clipped_norm, -g.limit, order))
-        counts = [_total(clipped), _total(~g.finite)]
+        found = (*map(_most, sizes), *map(_total, masks))
+    norm, clipped_norm, limit, last, *counts = found
     return _Summary(norm, clipped_norm, -limit, -last if g.excess is None else 1 / last, *counts)
 
 
-def _in_one_read(sizes: list[jax.Array], masks: list[jax.Array]) -> list[jax.Array]:
+@jax.custom_jvp
+def _in_one_read(
+    sizes: tuple[jax.Array, ...], masks: tuple[jax.Array, ...]
+) -> tuple[jax.Array, ...]:
     """The maximum of each of the sizes and the count of each of the masks, on one device.
 
     All in one reduction, and of integers, which XLA:CPU may reorder and so makes fast: the metrics
@@ -144,7 +148,15 @@ def _in_one_read(sizes: list[jax.Array], masks: list[jax.Array]) -> list[jax.Arr
         return [*map(jax.lax.max, a[:most], b[:most]), *map(jax.lax.add, a[most:], b[most:])]
 
     found = jax.lax.reduce(arrays, start, join, range(arrays[0].ndim))
-    return [*map(shards.in_order, found[:most]), *(x.astype(jnp.float32) for x in found[most:])]
+    return (*map(shards.in_order, found[:most]), *(x.astype(jnp.float32) for x in found[most:]))
+
+
+@_in_one_read.defjvp
+def _in_one_read_jvp(primals: Any, tangents: Any) -> tuple[tuple[jax.Array, ...], Any]:
+    value = _in_one_read(*primals)  # integers have no derivative, a plain maximum has
+    each = zip(primals[0], tangents[0], strict=True)
+    moved = [jax.jvp(_most, (x,), (dx,))[1] for x, dx in each]
+    return value, (*moved, *map(jnp.zeros_like, value[len(moved) :]))
 
 
 def metrics(opt_state: Tree) -> dict[str, jax.Array]:

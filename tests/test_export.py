@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.export
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 import trees
@@ -156,3 +157,19 @@ def test_other_registrations_stay():
     assert b"its own name" in serialized(first)
     with pytest.raises(ValueError, match="Duplicate serialization registration for serialized"):
         register_for_export(third)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [oc.clip_by_global_norm, oc.clip_by_norm, oc.clip_by_value, oc.adaptive_grad_clip],
+)
+def test_a_length_may_be_left_open(make):
+    """A clip is written for gradients of any length, and right for each."""
+    tx = make()
+    clipped = lambda grads: tx.update(grads, tx.init(grads), grads)[0]
+    (length,) = jax.export.symbolic_shape("length")
+    shape = jax.ShapeDtypeStruct((length, 4), jnp.float32)
+    written = jax.export.export(jax.jit(clipped))(shape)
+
+    grads = trees.normal(5, 4, scale=9.0)
+    trees.assert_close(written.call(grads), np.asarray(jax.jit(clipped)(grads)), 1e-6)

@@ -274,3 +274,20 @@ def test_a_measure_of_your_own():
     updates, _ = tx.update(grads, tx.init(grads))
 
     np.testing.assert_allclose(updates[0], [1.0, 0.5], FLOAT32)
+
+
+def test_a_measure_whose_groups_share_entries():
+    """The second look scales all gradients alike, as a norm of one's own may be of them all."""
+    own = measure.Measure(
+        norms=lambda grads, params: [
+            jnp.abs(grads[0]) + jnp.float32(1e-12) * jnp.abs(grads[1]),
+            jnp.abs(grads[1]),
+        ],
+        spread=lambda factors, grads: factors,
+    )
+    tx = oc.clip(own, oc.threshold.constant(1.5e-12))
+    grads = [jnp.array([1e-12]), jnp.array([1.0])]
+
+    updates, _ = tx.update(grads, tx.init(grads))
+
+    np.testing.assert_allclose(updates[0], [0.75e-12], 4 * FLOAT32)

@@ -209,3 +209,40 @@ def test_a_state_without_a_clip_is_an_error():
     """Metrics of a state in which there is no clip say so, instead of being empty."""
     with pytest.raises(ValueError, match="no clip of optaxclip in this state"):
         oc.metrics(optax.adam(0.1).init(GRADS))
+
+
+def test_entries_far_beyond_and_just_beyond_the_limit():
+    """Of entries, the factor is right for the largest limits, and the least excess counts."""
+    _, state = once(oc.clip_by_value(1e38), jnp.array([3e38, 2e38]))
+    found = values(state)
+    assert (found["clipped"], found["clipped_steps"]) == (1, 1)
+    assert found["factor"] == pytest.approx(1 / 3, rel=1e-6)
+
+    limit = np.float32(1.4081633)
+    _, state = once(oc.clip_by_value(limit), jnp.array([np.nextafter(limit, 2), 0.5], jnp.float32))
+    found = values(state)
+    assert (found["clipped"], found["clipped_steps"]) == (0.5, 1)
+    assert 1 - 4 * 2.0**-24 <= found["factor"] < 1
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.float16, jnp.bool_])
+@pytest.mark.parametrize("measure", [oc.measure.global_norm, oc.measure.leaf_norm])
+def test_a_scale_may_count_in_another_dtype(measure, dtype):
+    """The factors of a scale of your own are recorded whatever their dtype."""
+    scale = lambda norm, limit: (norm <= limit).astype(dtype)
+    with jax.numpy_dtype_promotion("standard"):
+        _, state = once(oc.clip(measure(), oc.threshold.constant(1.0), scale), GRADS)
+
+    assert values(state)["factor"] == 0
+
+
+@pytest.mark.parametrize("make", [oc.clip_by_global_norm, oc.clip_by_norm])
+def test_metrics_have_a_derivative(make):
+    """The largest norm changes with the gradients as a norm does."""
+    tx = make(1.0)
+    norm = lambda grads: oc.metrics(tx.update(grads, tx.init(grads))[1])["norm"]
+    grads = {"large": jnp.array([3.0, 4.0]), "small": jnp.array([0.0])}
+
+    trees.assert_close(
+        jax.grad(norm)(grads), {"large": np.array([0.6, 0.8]), "small": np.zeros(1)}, 1e-6
+    )

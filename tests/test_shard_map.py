@@ -12,6 +12,7 @@ from roster import EVERY
 
 import optaxclip as oc
 from optaxclip import measure
+from optaxclip.measure.arithmetic import in_range
 
 P = PartitionSpec
 SPECS = {"bias": P("x"), "dense": P("x", "y"), "attention": P(None, "y"), "conv": P()}
@@ -269,5 +270,21 @@ def test_one_collective_for_leaves_that_are_split_alike():
         lambda g: tx.update(g, tx.init(g))[0], mesh=mesh(), in_specs=P("x"), out_specs=P("x")
     )
     text = jax.jit(program).lower(grads).as_text()
-    # Once as they are, and once in the branch that measures again.
-    assert text.count("all_reduce") == 2
+    # Once as they are, and once in each of the branches that measure again.
+    assert text.count("all_reduce") == 3
+
+
+@pytest.mark.parametrize("said", ["x", None])
+def test_tiny_norms_of_which_not_all_are_summed(said):
+    """Where a leaf is said to be whole on each device, the others are still summed right."""
+    axis_name = lambda path, leaf: () if path == "mine" else said
+    norm = oc.measure.global_norm(axis_name=axis_name)
+    grads = {"mine": jnp.array([0.0, 0.0, 0.0, 1.0]), "shared": jnp.full(4, 1e-12)}
+    specs = {"mine": P("x"), "shared": P("x")}
+    if said is None:
+        grads["shared"], specs["shared"] = jnp.full(1, 1e-12), P()
+    per_device = lambda g: in_range(norm, g, None)[None]
+    program = jax.shard_map(per_device, mesh=mesh(), in_specs=(specs,), out_specs=P("x"))
+
+    tiny = 2e-12 if said else 1e-12
+    np.testing.assert_allclose(jax.jit(program)(grads), [tiny, tiny, tiny, 1.0], 1e-6)

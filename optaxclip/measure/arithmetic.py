@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaxclip._numbers import largest, real_dtype, where_positive, widen
+from optaxclip._numbers import is_known, largest, real_dtype, where_positive, widen
 
 from . import shards
 from .base import Axes, Measure, Tree
@@ -79,8 +79,9 @@ def _total(x: jax.Array, axes: Axes | None) -> jax.Array:
     add = functools.partial(jnp.sum, axis=axes, keepdims=True)
     if x.dtype != jnp.float32 or axes is None or len(axes) != 1:
         return add(x)
-    axis = axes[0]
-    if not (1 < x.shape[axis] <= FEW and math.prod(x.shape[axis + 1 :]) > MANY):
+    few, many = x.shape[axes[0]], math.prod(x.shape[axes[0] + 1 :])
+    known = is_known(few) and is_known(many)
+    if not (known and 1 < few <= FEW and many > MANY):
         return add(x)
 
     def as_complex(x: jax.Array) -> jax.Array:
@@ -155,12 +156,12 @@ def in_range(measure: Measure, grads: Tree, params: Tree) -> Tree:
         return jax.tree.map(lambda n, p: n / p.astype(n.dtype), found, powers)
 
     def look_again() -> Tree:
-        powers = jax.tree.map(_power, norms)
-        spread = measure.spread(powers, grads)
-        arrays = zip(jax.tree.leaves(spread), jax.tree.leaves(powers), strict=False)
-        if all(a is b for a, b in arrays):
+        # Of one norm for several shards, devices might choose different powers.
+        one = len(leaves) == 1 and leaves[0].size == 1 and not shards.manual_axes()
+        if one or measure.apart:
+            powers = jax.tree.map(_power, norms)
+            spread = measure.spread(powers, grads)
             return jax.tree.map(_better, norms, times(powers, spread))
-        # A loop that reads its power as a slice of a vector is compiled for itself: one for all.
         return functools.reduce(all_times, ((_is_small, LIFT), (_is_large, DROP)), norms)
 
     def all_times(found: Tree, round: tuple[Callable[[jax.Array], jax.Array], float]) -> Tree:

@@ -20,6 +20,7 @@ class Measure(NamedTuple):
     norms: Callable[[Tree, Tree], Tree]  # grads, params -> norms, a small pytree of float32
     spread: Callable[[Tree, Tree], Tree]  # factors, grads -> factors, a prefix tree of grads
     sums: bool = True  # the engine keeps the sums in it in range; False: no need
+    apart: bool = False  # each norm is of its own entries alone, and has an array of their leaf
     entries: bool = False  # a norm is the size of one entry, so that a limit can take its place
 
 

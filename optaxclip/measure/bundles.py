@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from optaxclip._numbers import is_known
+
 from .base import Tree, places
 from .shards import AxisName, Names, layout, split_over
 
@@ -50,7 +52,7 @@ def together(tree: Tree, axis_name: AxisName) -> list[Bundle]:
 def _key(leaf: jax.Array) -> tuple[Any, ...] | None:
     """What leaves must have in common to be added entry by entry; None for one that stays alone."""
     where = layout(leaf)
-    if leaf.size > SMALL or where is None:
+    if not is_known(leaf.size) or leaf.size > SMALL or where is None:
         return None
     return leaf.shape, leaf.dtype, where
 

@@ -189,7 +189,7 @@ def unit_norm(
         del params
         return [norm(path, g) for path, g in places(grads)]
 
-    return Measure(norms, _like_leaves, sums=ord != math.inf)
+    return Measure(norms, _like_leaves, sums=ord != math.inf, apart=True)
 
 
 def element() -> Measure:

@@ -40,7 +40,7 @@ def split_over(axis_name: AxisName, path: str, leaf: jax.Array, *, group: bool =
       ValueError: if None leaves it open, or a name is not that of a mapped axis.
     """
     named = axis_name(path, leaf) if callable(axis_name) else axis_name
-    mapped = _manual()
+    mapped = manual_axes()
     if named is None:
         if any(not _is_tracked(name) for name in mapped):
             raise ValueError(
@@ -85,7 +85,7 @@ def largest(x: jax.Array, names: Names) -> jax.Array:
 
 def anywhere(flag: jax.Array) -> jax.Array:
     """A flag that is the same on all devices, so that they may branch on it: whether any has it."""
-    mapped = _manual()
+    mapped = manual_axes()
     names = varying(flag) if all(map(_is_tracked, mapped)) else mapped
     return jax.lax.pmax(flag.astype(jnp.int32), names) > 0 if names else flag
 
@@ -138,7 +138,8 @@ def _reflected(bits: jax.Array) -> jax.Array:
     return jnp.where(bits < 0, bits ^ jnp.iinfo(bits.dtype).max, bits)
 
 
-def _manual() -> Names:
+def manual_axes() -> Names:
+    """The axes that are mapped here, by shard_map or pmap; none where arrays are whole."""
     return tuple(jax.sharding.get_abstract_mesh().manual_axes)
 
 
@@ -152,4 +153,4 @@ def _is_bound(name: str) -> bool:
 
 def _is_tracked(name: str) -> bool:
     # An axis of vmap is in no type of a leaf, though in that of its index, inside jit.
-    return name in _manual() and name in varying(jax.lax.axis_index(name))
+    return name in manual_axes() and name in varying(jax.lax.axis_index(name))
