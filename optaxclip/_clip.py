@@ -258,9 +258,7 @@ def _multiplied(grads: Tree, factors: Tree, bad: Tree, scale: Scale, nonfinite: 
         single = factor.shape == grad.shape and grad.size > 1
         if nonfinite == "sanitize" or (nonfinite == "zero" and single):
             grad = sanitized(grad)
-        # Hidden from XLA, which would widen once for norm and product, and write that to memory.
-        narrow = grad.dtype.itemsize < 4
-        x = widen(jax.lax.optimization_barrier(grad) if narrow else grad)
+        x = widen(grad)
         y = x * factor.astype(x.dtype)
         if nonfinite == "zero" and not single:
             y = where(bad, jax.lax.full_like(y, 0), y)  # 0 x inf is NaN
@@ -270,6 +268,9 @@ def _multiplied(grads: Tree, factors: Tree, bad: Tree, scale: Scale, nonfinite: 
 
     each = functools.partial(jax.tree.broadcast, full_tree=grads)
     is_1 = jax.tree.map(lambda factor: factor == 1, factors)
+    if any(grad.dtype.itemsize < 4 for grad in jax.tree.leaves(grads)):
+        # Hidden from XLA, which would widen once for norm and product, and write that to memory.
+        grads = jax.lax.optimization_barrier(grads)
     return jax.tree.map(multiplied, grads, each(factors), each(bad), each(is_1))
 
 
