@@ -64,7 +64,8 @@ def clip(
     ======================================  ======================================================
 
     Two limits of float32 remain. A leaf whose Euclidean norm is above 3.4e38 counts as not finite.
-    A factor below 1.2e-38, say limit 1 over norm 1e38, is flushed to zero, and so is the update.
+    A factor below 1.2e-38, say limit 1 over norm 1e38, is flushed to zero, and so is the update;
+    but a real entry that `rescale` bounds by itself becomes its limit.
 
     A zero update is not a skipped step: the moments of an Adam after the clip still decay.
 
