@@ -251,15 +251,15 @@ def _multiplied(grads: Tree, factors: Tree, bad: Tree, scale: Scale, nonfinite: 
     cast = getattr(scale, "cast", lambda x, dtype: x.astype(dtype))
 
     def multiplied(
-        grad: jax.Array, factor: jax.Array, bad: jax.Array, is_1: jax.Array
+        grad: jax.Array, hidden: jax.Array, factor: jax.Array, bad: jax.Array, is_1: jax.Array
     ) -> jax.Array:
         # Where each entry has a factor of its own, XLA would write them all to memory if they were
         # used twice. Elsewhere, a mask of the entries would cost a sixth of a step, and one number
         # per group says which are bad.
         single = factor.shape == grad.shape and grad.size > 1
         if nonfinite == "sanitize" or (nonfinite == "zero" and single):
-            grad = sanitized(grad)
-        x = widen(grad)
+            grad, hidden = sanitized(grad), sanitized(hidden)
+        x = widen(hidden)
         y = x * factor.astype(x.dtype)
         if nonfinite == "zero" and not single:
             y = where(bad, jax.lax.full_like(y, 0), y)  # 0 x inf is NaN
@@ -269,10 +269,12 @@ def _multiplied(grads: Tree, factors: Tree, bad: Tree, scale: Scale, nonfinite: 
 
     each = functools.partial(jax.tree.broadcast, full_tree=grads)
     is_1 = jax.tree.map(lambda factor: factor == 1, factors)
+    hidden = grads
     if any(grad.dtype.itemsize < 4 for grad in jax.tree.leaves(grads)):
-        # Hidden from XLA, which would widen once for norm and product, and write that to memory.
-        grads = jax.lax.optimization_barrier(grads)
-    return jax.tree.map(multiplied, grads, each(factors), each(bad), each(is_1))
+        # From XLA, which would widen once for norm and product, and write that to memory. What is
+        # unchanged is not taken from there: in a loop, jax 0.12 flushes bfloat16 on its way.
+        hidden = jax.lax.optimization_barrier(grads)
+    return jax.tree.map(multiplied, grads, hidden, each(factors), each(bad), each(is_1))
 
 
 def _bounded_groups(norm: jax.Array, finite: jax.Array, limit: jax.Array, nonfinite: str) -> Groups:

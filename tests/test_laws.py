@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from laws import LAWS, OWN_PROGRAM
 from runs import ALL
-from strategies import cases
+from strategies import Case, cases
 
 import optaxclip as oc
 
@@ -58,6 +58,12 @@ def holds(law, variant, structure, examples):
 def test_law(law, variant):
     """The law holds for the variant, mostly on a tree of every dtype."""
     holds(law, variant, _structure(law), examples=10)
+
+
+@pytest.mark.parametrize("variant", ["clip_by_norm", "clip_by_global_norm", "clippy"])
+def test_a_subnormal_bfloat16_entry_is_kept_in_a_loop(variant):
+    """What is within its limit keeps its bits in a scan, where jax 0.12 flushes barriers."""
+    LAWS["no_op"].check(variant, "mixed", Case(seed=255, kind="subnormal"))
 
 
 def test_a_tiny_first_gradient_does_not_freeze_a_coordinate():
