@@ -66,6 +66,11 @@ def test_a_subnormal_bfloat16_entry_is_kept_in_a_loop(variant):
     LAWS["no_op"].check(variant, "mixed", Case(seed=255, kind="subnormal"))
 
 
+def test_units_that_overflow_clip_nothing():
+    """Where lambda |w| is more than float32 holds, no finite entry is too large for it."""
+    LAWS["no_op"].check("clippy", "ranks", Case(exponent=120, limit=4))
+
+
 def test_a_tiny_first_gradient_does_not_freeze_a_coordinate():
     """A coordinate that began with a gradient too small to remember is not clipped for ever."""
     tx = oc.clip_by_second_moment(warmup=2)

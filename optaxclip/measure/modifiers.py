@@ -146,7 +146,9 @@ def relative_entries(
         size = jnp.abs(widen(grad))
         unit = as_like(relative, size) * jnp.abs(widen(weight)).astype(size.dtype)
         unit += as_like(absolute, size)
-        return quotient(size, jnp.where(jnp.isfinite(unit), unit, jnp.nan))
+        # In units of more than float32 holds, no entry is above 1; of a bad parameter, all are bad.
+        unit = jnp.minimum(unit, jnp.finfo(unit.dtype).max)
+        return quotient(size, jnp.where(jnp.isfinite(weight), unit, jnp.nan))
 
     return Measure(norms, measure.spread, measure.sums)
 
