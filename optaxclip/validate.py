@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from . import _check
 from ._range import ANYTHING, Field, Range, fields, is_part, joined, named, plain, tied
-from .record import ClipState, Metrics
+from .record import ClipState, Metrics, SkipMetrics, SkipRecord
 from .stable_adam import Moments, StableAdamState
 from .threshold import Clock
 
@@ -120,7 +120,7 @@ def validate_state(opt_state: Tree, *, like: Tree = None, repair: bool = False) 
 
 
 def _is_clipper(x: Any) -> bool:
-    return isinstance(x, ClipState | StableAdamState) or _was_clipper(x)
+    return isinstance(x, ClipState | SkipRecord | StableAdamState) or _was_clipper(x)
 
 
 def _was_clipper(x: Any) -> bool:
@@ -129,11 +129,12 @@ def _was_clipper(x: Any) -> bool:
         return False
     if set(x) == set(StableAdamState._fields):  # parameters may have such names, too
         return _is_clipper(x["clip"])
-    if set(x) != set(ClipState._fields):
+    if set(x) != set(ClipState._fields):  # those of SkipRecord, too
         return False
     metrics = x["metrics"]
     fields = set(metrics) if isinstance(metrics, dict) else set()
-    return isinstance(metrics, Metrics | None) or fields == set(Metrics._fields)
+    known = [set(Metrics._fields), set(SkipMetrics._fields)]
+    return isinstance(metrics, Metrics | SkipMetrics | None) or fields in known
 
 
 def _parts(clipper: _Part) -> tuple[list[_Part], Callable[[list[Tree]], Tree]]:

@@ -83,6 +83,20 @@ def test_one_loop_for_many_leaves():
     assert jax.jit(norm).lower(tree).compile().as_text().count(" fusion(") <= 32
 
 
+@ONE
+def test_metrics_of_many_leaves_are_taken_together():
+    """What the record adds to a clip of units does not grow with the number of leaves."""
+
+    def reductions(leaves, **options):
+        tree = {str(i): jnp.ones((4, 4)) for i in range(leaves)}
+        tx = oc.adaptive_grad_clip(**options)
+        lowered = jax.jit(tx.update).lower(tree, tx.init(tree), tree)
+        return lowered.as_text().count("stablehlo.reduce(")
+
+    few, many = (reductions(n) - reductions(n, record=False) for n in (2, 40))
+    assert few == many
+
+
 TREE = {str(i): (256, 512) for i in range(6)} | {"bias": (512,)}
 
 

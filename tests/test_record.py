@@ -9,6 +9,8 @@ import trees
 from oracles import VARIANTS, once
 
 import optaxclip as oc
+from optaxclip.record import SkipMetrics
+from optaxclip.skipping import skip_step
 
 GRADS = {"large": jnp.array([3.0, 4.0]), "small": jnp.array([0.5])}
 FIELDS = set(oc.Metrics._fields)
@@ -203,6 +205,34 @@ def test_several_clips_have_a_prefix_each(tx, prefixes):
     first = min(prefixes)
     assert found[first + "norm"] == 5.0
     assert found[first + "limit"] == 2.0
+
+
+CLIP, SGD = oc.clip_by_norm(2.0), optax.sgd(1.0)
+AROUND = {
+    "bare": (skip_step(SGD), {""}, set()),
+    "around a clip": (skip_step(CLIP), {"skip/"}, {"inner/"}),
+    "around a chain": (skip_step(optax.chain(CLIP, SGD)), {"skip/"}, {"inner/0/"}),
+    "in a chain": (optax.chain(skip_step(optax.chain(CLIP, SGD))), {"skip/"}, {"inner/0/"}),
+    "beside a clip": (optax.chain(CLIP, skip_step(SGD)), {"1/"}, {"0/"}),
+    "twice": (skip_step(skip_step(optax.chain(SGD, CLIP))), {"skip/", "inner/skip/"}, None),
+    "named": (
+        optax.named_chain(("clip", CLIP), ("step", skip_step(SGD))),
+        {"step/"},
+        {"clip/"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("tx", "skips", "clips"), AROUND.values(), ids=AROUND)
+def test_a_skip_step_and_the_clips_in_it_have_a_prefix_each(tx, skips, clips):
+    """Metrics of a skip_step are found like those of a clip, and told apart from those inside."""
+    clips = {"inner/inner/1/"} if clips is None else clips
+
+    found = oc.metrics(tx.init(GRADS))
+
+    expected = {prefix + field for prefix in clips for field in FIELDS}
+    expected |= {prefix + field for prefix in skips for field in SkipMetrics._fields}
+    assert set(found) == expected
 
 
 def test_a_state_without_a_clip_is_an_error():
