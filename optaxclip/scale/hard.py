@@ -1,16 +1,6 @@
-"""norm, limit -> factor: what a group is multiplied by.
+"""norm, limit -> factor: hard scales, which leave a norm below the limit as it is.
 
-===========  ===========================  =====================================================
-scale        factor where norm > limit    use it when
-===========  ===========================  =====================================================
-`rescale`    limit / norm                 always, unless one of these is wanted
-`strict`     a hair below limit / norm    the bound must hold exactly, as in proofs and in tests
-`skip`       0                            a step that is too large should be no step
-`normalize`  limit / norm, everywhere     every step should have one length (this is no clip)
-===========  ===========================  =====================================================
-
-A scale is a function of two arrays of one shape and dtype, both >= 0. It sees a group that must
-vanish as norm 1 under limit 0, and, with nonfinite="propagate", norms that are inf or NaN.
+`normalize` is the one exception. See :mod:`optaxclip.scale` for all of them.
 """
 
 from __future__ import annotations
@@ -18,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ._numbers import quotient as _quotient
+from optaxclip._numbers import quotient as _quotient
 
 
 def rescale(norm: jax.Array, limit: jax.Array) -> jax.Array:
