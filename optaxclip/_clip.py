@@ -42,7 +42,7 @@ def clip(
     ======================================  ======================================================
     case                                    result
     ======================================  ======================================================
-    finite norm <= limit, as measured       gradients bit for bit unchanged
+    finite norm <= limit, as measured       gradients bit for bit unchanged, by a hard scale
     finite norm > limit                     norm of the result <= limit x (1 + a few eps of the
                                             leaf dtype); with `scale.strict` <= limit exactly, and
                                             clipping twice gives the bits of clipping once (its
@@ -62,6 +62,8 @@ def clip(
     limit traced and negative or NaN        zeros: never a flipped sign; the metrics show it
     norm and limit >= 2^64, memory          zeros: what has no past yet is no licence
     ======================================  ======================================================
+
+    Soft scales and normalizers change what is within the limit, see :mod:`optaxclip.scale`.
 
     Two limits of float32 remain. A leaf whose Euclidean norm is above 3.4e38 counts as not finite.
     A factor below 1.2e-38, say limit 1 over norm 1e38, is flushed to zero, and so is the update;
@@ -264,8 +266,10 @@ def _multiplied(grads: Tree, factors: Tree, bad: Tree, scale: Scale, nonfinite: 
         if nonfinite == "zero" and not single:
             y = where(bad, jax.lax.full_like(y, 0), y)  # 0 x inf is NaN
         rounded = y if y.dtype == grad.dtype else cast(y, grad.dtype)
-        # Not y alone: XLA:CPU flushes subnormal numbers in a multiplication by 1.
-        return where(y == x if single else is_1, grad, rounded)
+        # Not y alone: XLA:CPU flushes subnormal numbers in a multiplication by 1. An entry of 0 is
+        # the same whatever its factor, but where that is above 1, its derivative is not.
+        same = (y == x) & ((x != 0) | (factor <= 1)) if single else is_1
+        return where(same, grad, rounded)
 
     each = functools.partial(jax.tree.broadcast, full_tree=grads)
     is_1 = jax.tree.map(lambda factor: factor == 1, factors)

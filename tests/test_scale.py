@@ -38,6 +38,17 @@ def test_factors_at_the_ends(rule):
     np.testing.assert_array_equal(rule(NORMS, jnp.inf * ones), ones)
 
 
+def test_normalize_has_a_derivative_where_the_quotient_overflows():
+    """A norm of 2e-38 under a limit of 1e10 has a finite factor, and slopes that are numbers."""
+    factor, slopes = jax.value_and_grad(scale.normalize, argnums=(0, 1))(
+        *map(jnp.float32, (2e-38, 1e10))
+    )
+
+    assert np.isfinite(factor)
+    assert factor > 1e38
+    np.testing.assert_array_equal(slopes, (0, 0))
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn])
 def test_strict_rounds_towards_zero(dtype):
     """The cast of `strict` never rounds up, is the nearest below, and has the slope of a cast."""

@@ -67,8 +67,7 @@ def normalize(norm: jax.Array, limit: jax.Array) -> jax.Array:
       >>> optaxclip.scale.normalize(jnp.array([0.5, 4.0]), jnp.array([1.0, 1.0]))
       Array([2.  , 0.25], dtype=float32)
     """
-    factor = _divide(norm, limit, over=(norm != 0) & (limit != jnp.inf))
-    return jnp.minimum(factor, jnp.finfo(norm.dtype).max)  # inf x 0 would be NaN
+    return jnp.where(norm == 0, 1, divided(limit, norm))
 
 
 class _Strict:
@@ -120,6 +119,14 @@ class _Strict:
 
 
 strict = _Strict()
+
+
+def divided(limit: jax.Array, under: jax.Array) -> jax.Array:
+    """The quotient; 1 for a limit of inf, and finite where it would overflow: inf x 0 is NaN."""
+    most = jnp.finfo(limit.dtype).max / 2
+    fits = limit < most * under
+    found = _quotient(jnp.where(fits, limit, 1), jnp.where(fits, under, 1))
+    return jnp.where(limit == jnp.inf, 1, jnp.where(fits, found, most))
 
 
 def _divide(norm: jax.Array, limit: jax.Array, *, over: jax.Array) -> jax.Array:

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from optaxclip import _check
 from optaxclip._numbers import quotient as _quotient
 
+from .hard import divided
+
 _Scale = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -132,7 +134,7 @@ def automatic(gamma: float | jax.Array = 0.01) -> _Scale:
 
     def factor(norm: jax.Array, limit: jax.Array) -> jax.Array:
         limit, small = _allowed(limit, gamma)
-        return _divided(limit, norm + small)
+        return divided(limit, norm + small)
 
     return factor
 
@@ -166,7 +168,7 @@ def psac(r: float | jax.Array = 0.1) -> _Scale:
 
     def factor(norm: jax.Array, limit: jax.Array) -> jax.Array:
         limit, small = _allowed(limit, r)
-        return _divided(limit, norm + _quotient(small, norm + small))
+        return divided(limit, norm + _quotient(small, norm + small))
 
     return factor
 
@@ -183,11 +185,3 @@ def _allowed(limit: jax.Array, value: float | jax.Array) -> tuple[jax.Array, jax
     value = jnp.asarray(value, limit.dtype)
     good = (value > 0) & (value < jnp.inf)
     return jnp.where(good, limit, 0), jnp.where(good, value, 1)
-
-
-def _divided(limit: jax.Array, under: jax.Array) -> jax.Array:
-    """The quotient; 1 for a limit of inf, and finite where it would overflow: inf x 0 is NaN."""
-    most = jnp.finfo(limit.dtype).max / 2
-    fits = limit < most * under
-    found = _quotient(jnp.where(fits, limit, 1), jnp.where(fits, under, 1))
-    return jnp.where(limit == jnp.inf, 1, jnp.where(fits, found, most))
