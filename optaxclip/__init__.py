@@ -15,16 +15,36 @@ Chain a named clipper before an optimizer, and read its metrics out of the optim
 5.0
 
 Or compose one out of the rooms of the flow: `clip(measure, threshold, scale)`.
+
+What is no clip of gradients by groups has a room of its own: `skipping` (whole steps), `cotangent`
+(inside the backward pass), `spectral` (singular values), `feedback` (what was clipped comes later),
+`per_example` (before the average), `qk` (attention weights) and `stable_adam` (inside Adam).
 """
 
+from . import cotangent as cotangent
+from . import feedback as feedback
 from . import measure as measure
+from . import per_example as per_example
+from . import qk as qk
 from . import scale as scale
+from . import skipping as skipping
+from . import spectral as spectral
 from . import threshold as threshold
 from ._clip import clip as clip
+from .cotangent import clip_cotangent as clip_cotangent
+from .cotangent import cotangent_probe as cotangent_probe
+from .cotangent import drop_largest_cotangents as drop_largest_cotangents
 from .export import register_for_export as register_for_export
+from .feedback import clip_with_feedback as clip_with_feedback
+from .per_example import clipped_value_and_grad as clipped_value_and_grad
+from .per_example import per_example_clip as per_example_clip
+from .per_example import update_max_norm as update_max_norm
+from .qk import qk_clip as qk_clip
 from .record import ClipState as ClipState
 from .record import Metrics as Metrics
 from .record import metrics as metrics
+from .skipping import skip_step as skip_step
+from .spectral import clip_by_spectral_norm as clip_by_spectral_norm
 from .stable_adam import scale_by_stable_adam as scale_by_stable_adam
 from .validate import Problem as Problem
 from .validate import validate_state as validate_state

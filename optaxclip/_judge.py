@@ -153,7 +153,7 @@ def _anywhere(flags: list[jax.Array]) -> jax.Array:
 
 
 def _no_metrics() -> SkipMetrics:
-    reals = [jnp.full((), x, jnp.float32) for x in (0, np.inf, np.nan, np.inf)]
+    reals = [jnp.full((), x, jnp.float32) for x in (0, np.inf, -np.inf, np.inf)]
     return SkipMetrics(*reals, *(jnp.zeros((), jnp.int32) for _ in range(6)))
 
 

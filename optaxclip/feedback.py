@@ -77,8 +77,7 @@ def clip_with_feedback(
 
     Example:
       >>> import jax.numpy as jnp, optaxclip
-      >>> from optaxclip.feedback import clip_with_feedback
-      >>> tx = clip_with_feedback(optaxclip.clip_by_global_norm(1.0))
+      >>> tx = optaxclip.clip_with_feedback(optaxclip.clip_by_global_norm(1.0))
       >>> state = tx.init(jnp.zeros(1))
       >>> for grads in [[0.5], [3.0], [0.5], [0.5], [0.0], [0.0]]:
       ...     updates, state = tx.update(jnp.array(grads), state)

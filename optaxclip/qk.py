@@ -154,7 +154,6 @@ def qk_clip(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from optaxclip.qk import qk_clip
       >>> params = {name: {"kernel": jnp.ones((1, 2, 1))} for name in ("query", "key", "value")}
       >>> params = qk_clip(params, jnp.array([50.0, 400.0]))
       >>> for name in ("query", "key", "value"):

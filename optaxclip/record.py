@@ -30,7 +30,7 @@ SMALL = 2**12  # norms of a leaf that are packed with others, as of its units; n
 Size = Annotated[jax.Array, Range(0, also=(np.inf, np.nan))]
 Limit = Annotated[jax.Array, Range(0, also=(np.inf,), start=np.inf)]
 Factor = Annotated[jax.Array, Range(0, also=(np.nan,), start=1)]
-Loss = Annotated[jax.Array, Range(also=(np.inf, -np.inf, np.nan), start=np.nan)]
+Loss = Annotated[jax.Array, Range(also=(np.inf, -np.inf, np.nan), start=-np.inf)]
 LossLimit = Annotated[jax.Array, Range(also=(np.inf,), start=np.inf)]
 # Above 1 by what float32 makes of numbers beyond 2^24 that are counted in it.
 Share = Annotated[jax.Array, Range(0, 1 + 2.0**-10)]
@@ -76,7 +76,7 @@ class SkipMetrics(NamedTuple):
 
     norm: Size  # () float32, largest norm, before anything inside changes the gradients
     limit: Limit  # () float32, smallest limit of a norm; inf where there is none
-    loss: Loss  # () float32, NaN where none was given
+    loss: Loss  # () float32; -inf where none was given, as NaN would stop jax_debug_nans
     loss_limit: LossLimit  # () float32, inf where there is none
     skipped: Count  # () int32, 1 if this step was skipped, 0 if it was taken
     consecutive: Count  # () int32, steps skipped in a row, up to this one

@@ -111,8 +111,8 @@ def skip_step(
 
     Example:
       >>> import jax.numpy as jnp, optax, optaxclip
-      >>> from optaxclip.skipping import skip_step
-      >>> tx = skip_step(optax.chain(optaxclip.clip_by_global_norm(1.0), optax.sgd(0.1)), window=4)
+      >>> clipped_sgd = optax.chain(optaxclip.clip_by_global_norm(1.0), optax.sgd(0.1))
+      >>> tx = optaxclip.skip_step(clipped_sgd, window=4)
       >>> params, state = jnp.array([1.0]), tx.init(jnp.array([1.0]))
       >>> for grad, loss in [(0.5, 3.0), (0.6, 2.9), (jnp.nan, 2.8), (90.0, 2.8), (0.5, 2.8)]:
       ...     updates, state = tx.update(jnp.array([grad]), state, params, value=loss)
@@ -126,7 +126,7 @@ def skip_step(
 
     Reference:
       The rule of OLMo-core's `SkipStepOptimizer`, MaxText's `skip_step_on_spikes` and Levanter's
-      `skipstep` (all Apache-2.0), which :func:`optaxclip.threshold.outlier.outlier` says how to
+      `skipstep` (all Apache-2.0), which :func:`optaxclip.threshold.outlier` says how to
       set, with history="all" and max_consecutive=math.inf.
 
     Deviation from these: by default, skipped values stay out of the history, deviations have a

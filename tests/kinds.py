@@ -93,6 +93,22 @@ def threshold(example):
     return piece("Threshold", example, oc.threshold.constant(1.0), oc.threshold.zscore(2.5))
 
 
+def transformation(example):
+    """A transformation of Optax."""
+    return piece("GradientTransformation", example, oc.clip_by_norm(1.0), optax.adam(1e-3))
+
+
+def rule(sign):
+    """What steps are skipped by."""
+    allowed = (
+        f'None, "outlier", a Threshold, a number{sign}, a () array or a schedule step -> value '
+        "(inf: no limit)"
+    )
+    good = (None, "outlier", oc.threshold.constant(1.0), 1, 2.5, INF, optax.constant_schedule(1))
+    known = refused(ValueError, "sigma", NAN, *([-1.0] if sign else []))
+    return Kind(allowed, good, (*known, *refused(TypeError, True, 1j, [1.0], {"a": 1.0})))
+
+
 def optional(kind):
     """The same, or None."""
     bad = tuple(bad for bad in kind.bad if bad.value is not None)
@@ -128,6 +144,7 @@ LIMIT = LIMIT._replace(
 )
 NUMBER = number(f"a finite number >= 0{_ARRAY}", (1, 0, 2.5), (-1.0, INF, 1e39))
 GROWTH = number(f"a finite number >= 1{_ARRAY}", (1, 1.5), (0.75, 0, -2.0, INF))
+FROM_0 = number(f"a number from 0 to inf{_ARRAY}", (1, 0, 2.5, INF), (-1, -0.5))
 POSITIVE = number(f"a finite number >= 1.2e-38{_ARRAY}", (1, 1e-6), (0, 0.0, -1.0, 1e-39, INF))
 DECAY = number(f"a number in [0, 1){_ARRAY}", (0, 0.75, 0.9999), (1, 1.0, 1.5, -0.5, INF))
 PERCENT = number(f"a number from 0 to 100{_ARRAY}", (1, 0, 100.0), (-1, 100.5, INF))
@@ -165,6 +182,12 @@ AXES = Kind(
     ),
 )
 AXES = static(AXES, (None, 0, -1, (), (0, 1), np.int64(0), lambda path, leaf: 0))
+PAIR = "a pair (rows, columns), each an axis or a tuple of axes"
+MATRIX = Kind(
+    f"None, {PAIR}, or a function (path, leaf) -> these",
+    (None, (0, 1), ((0, 1), -1), lambda path, leaf: (0, 1)),
+    refused(TypeError, 1, "01", (0,), (0, 1, 2), (0, 1.0), (True, 0), [0, 1], {"w": 0}),
+)
 MASK = Kind(
     "None, a tree of bools or a function of params",
     (None, True, {"w": False}, [np.True_], lambda params: True),
@@ -181,6 +204,7 @@ SCALE = Kind(
     (*refused(TypeError, None, "rescale", 1.0, True, (oc.scale.rescale,)), TREE),
 )
 POLICY = choice("zero", "propagate", "sanitize")
+DDOF = Kind("one of 0, 1", (0, 1), refused(ValueError, 2, -1, None, 0.5, "1", [0], NAN))
 FLAG = choice(True, False)
 AXIS_NAME = Kind(
     "a name, a tuple of names, a function (path, leaf) -> one of these, or None",

@@ -86,7 +86,7 @@ FAULTS = {
         "test_measure.py test_failures.py -k 'failure_1_ or half or float16 or bfloat16'",
     ),
     "< for <=: clip at the limit": Fault(
-        "scale.py",
+        "scale/hard.py",
         "over=~(norm <= limit))",
         "over=~(norm < limit))",
         "test_scale.py test_clip.py -k 'ends or zero'",
@@ -182,7 +182,7 @@ FAULTS = {
         "test_mesh.py -k memories",
     ),
     "round to nearest where a bound is strict": Fault(
-        "scale.py",
+        "scale/hard.py",
         "near + jnp.where(over, step, jnp.zeros_like(step))",
         "near",
         "test_scale.py test_clip.py -k strict",

@@ -1,4 +1,4 @@
-"""Every variant of the package, in one table: what laws, wrappers and meshes are tried on.
+"""Every transformation of the package, in two tables: what laws, wrappers and meshes are tried on.
 
 Memories are short, so that a limit stands after `WARM` steps of a test; that the defaults reach
 their pieces is the business of test_arguments.py. A variant joins by one row.
@@ -19,7 +19,7 @@ class Variant(NamedTuple):
     """One way to call a public variant, and what it is by its nature."""
 
     make: Callable[..., optax.GradientTransformation]  # keywords `nonfinite`, `record` -> variant
-    groups: str = "tree"  # what shares one norm: tree, leaf, unit, entry
+    groups: str = "tree"  # what shares one norm: tree, leaf, unit, entry; or a matrix, a step
     params: bool = False  # whether update needs params
     memory: bool = False  # whether it learns from norms
     normalizes: bool = False  # changes gradients below the limit too, by design
@@ -53,4 +53,27 @@ EVERY = {
     "scale_by_stable_adam": _learns(oc.scale_by_stable_adam)._replace(
         groups="entry", normalizes=True
     ),
+}
+
+
+def fed(max_norm=1.0, *, nonfinite="zero", record=True):
+    """A clip by the global norm, with error feedback."""
+    return oc.clip_with_feedback(
+        oc.clip_by_global_norm(max_norm, nonfinite=nonfinite, record=record)
+    )
+
+
+def skipping(max_norm=1.0, *, nonfinite="zero", record=True):
+    """A clip by the global norm, in the steps that are not skipped."""
+    return oc.skip_step(oc.clip_by_global_norm(max_norm, nonfinite=nonfinite, record=record))
+
+
+# What is no line of the algebra: it joins what applies to it.
+BEYOND = {
+    "clip_by_spectral_norm": Variant(oc.clip_by_spectral_norm, groups="matrix"),
+    "clip_by_spectral_norm[power_iteration]": Variant(
+        functools.partial(oc.clip_by_spectral_norm, method="power_iteration"), groups="matrix"
+    ),
+    "clip_with_feedback": Variant(fed, memory=True),
+    "skip_step": Variant(skipping, groups="step", memory=True),
 }

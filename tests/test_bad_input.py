@@ -14,13 +14,16 @@ import pytest
 from kinds import (
     AXES,
     AXIS_NAME,
+    DDOF,
     DECAY,
     FLAG,
+    FROM_0,
     GROWTH,
     HISTORY,
     LABELS,
     LIMIT,
     MASK,
+    MATRIX,
     NUMBER,
     ORDER,
     PATIENCE,
@@ -35,24 +38,29 @@ from kinds import (
     measure,
     optional,
     refuses,
+    rule,
     threshold,
+    transformation,
 )
+from roster import EVERY
 from streams import BAD, NUMBERS, SIGN, called, noisy, run
 from streams import STEPS as LENGTH
 
 import optaxclip as oc
 
+# What takes arrays in the program: in test_cotangent.py, test_per_example.py and test_qk.py.
+APART = ("optaxclip.cotangent", "optaxclip.per_example", "optaxclip.qk")
 ROOMS = {"": oc, "measure.": oc.measure, "threshold.": oc.threshold, "scale.": oc.scale}
 PUBLIC = {
     prefix + name: value
     for prefix, room in ROOMS.items()
     for name, value in vars(room).items()
     if callable(value) and not inspect.isclass(value) and name[0] != "_"
-    if value.__module__.startswith("optaxclip")
+    if value.__module__.startswith("optaxclip") and not value.__module__.startswith(APART)
 }
 
-SCALES = ("rescale", "strict", "skip", "normalize")
-VARIANTS = tuple(name for name in PUBLIC if "." not in name and name != "clip")
+SCALES = ("rescale", "strict", "skip", "normalize", "softsign", "rsqrt", "tanh")
+VARIANTS = tuple(EVERY)
 FOLLOWING, FEEDS = threshold("threshold.growth(1.01)"), ("capped", "clipped", "raw", "skip")
 LEAFWISE = measure("measure.leaf_norm()")
 UNKNOWN = None  # arrays in the program, made by the engine; a state: test_record.py
@@ -62,7 +70,7 @@ KINDS = {
     **dict.fromkeys(("max_value", "max_norm", "min_norm", "clipping", "max_rms", "limit"), LIMIT),
     **dict.fromkeys(("relative", "k", "z_max", "ratio", "floor", "min_sigma"), NUMBER),
     **dict.fromkeys(("decay", "norm_decay", "b1", "b2"), DECAY),
-    **dict.fromkeys(("eps", "absolute", "rate"), POSITIVE),
+    **dict.fromkeys(("eps", "absolute", "rate", "gamma", "r"), POSITIVE),
     **dict.fromkeys(("record", "per_tensor", "bias_correction", "with_current", "repair"), FLAG),
     **dict.fromkeys(("axis", "axes", "stacked"), AXES),
     **dict.fromkeys(("warmup", "steps"), STEPS),
@@ -87,6 +95,14 @@ KINDS = {
     "mode": choice("reciprocal", "mean", "sigma"),
     "start": choice("median", "mean"),
     "convention": choice("paper", "paddle"),
+    "history": choice("valid", "all"),
+    "max_consecutive": PATIENCE,
+    "ddof": DDOF,
+    "kind": choice("hard", "soft"),
+    "method": choice("newton_schulz", "svd", "power_iteration"),
+    "max_carry": FROM_0,
+    "clipper": transformation("clip_by_global_norm(1.0)"),
+    "inner": transformation("optax.adamw(1e-3)"),
 }
 ELSEWHERE = {
     **{(name, "measure"): optional(KINDS["measure"]) for name in VARIANTS},
@@ -109,6 +125,11 @@ ELSEWHERE = {
         for name in ("clip_by_percentile", "autoclip", "clip_by_quantile")
     },
     ("threshold.relearning", "patience"): STEPS,
+    ("skip_step", "measure"): optional(KINDS["measure"]),
+    ("skip_step", "norm"): rule(" >= 0"),
+    ("skip_step", "loss"): rule(""),
+    ("clip_with_feedback", "decay"): SHARE,
+    ("clip_by_spectral_norm", "axes"): MATRIX,
     **{(name, "feed"): choice(*FEEDS[1:3]) for name in ("clip_by_sigma", "threshold.sigma")},
     **{
         (name, "feed"): choice(*FEEDS[:3])
@@ -120,6 +141,8 @@ ONE, OTHER, TREE = oc.threshold.constant(1.0), oc.threshold.growth(1.5), oc.meas
 # What has no default, or one that does not go with all that is good for another argument.
 GIVEN = {
     "clip": {"measure": TREE, "threshold": ONE},
+    "clip_with_feedback": {"clipper": oc.clip_by_norm()},
+    "skip_step": {"inner": oc.clip_by_norm()},
     "validate_state": {"opt_state": oc.clip_by_value().init(())},
     "measure.by_label": {"labels": "all", "measure": TREE},
     "measure.relative": {"measure": TREE, "eps": 1e-3},

@@ -10,7 +10,7 @@ import pytest
 from checks import frameworks, leaves, states, transformations, wrappers
 from roster import Variant
 
-WHOLE = [(name, variant) for variant in matrix.EVERY for name in matrix.CHECKS]
+WHOLE = [(name, variant) for variant in matrix.ROWS for name in matrix.CHECKS]
 QUICK = matrix.quick()
 REST = sorted(set(WHOLE) - set(QUICK), key=WHOLE.index)
 
@@ -33,7 +33,7 @@ def test_an_ordinary_run_covers_every_check_and_variant():
     met = {name: {v for n, v in QUICK if n == name} for name in matrix.CHECKS}
     for group in (matrix.FIXED, matrix.LEARNING):
         assert all(variants & set(group) for variants in met.values())
-    assert sum(variants == set(matrix.EVERY) for variants in met.values()) > 10
+    assert sum(variants == set(matrix.ROWS) for variants in met.values()) > 10
 
 
 def test_every_check_is_in_the_table():
@@ -74,7 +74,7 @@ def naive(max_norm=1.0):
 )
 def test_the_checks_find_what_is_wrong(check, error, monkeypatch):
     """A naive clip does not pass."""
-    monkeypatch.setitem(matrix.EVERY, "naive", Variant(naive))
+    monkeypatch.setitem(matrix.ROWS, "naive", Variant(naive))
 
     with pytest.raises(error):
         matrix.outcome(matrix.CHECKS[check]._replace(no=()), "naive")

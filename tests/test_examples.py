@@ -110,4 +110,9 @@ def test_every_program_is_run_here():
     """A program that is added to examples needs a test in this file."""
     programs = {path.name for path in (ROOT / "examples").glob("[!_]*.py")}
 
-    assert programs == {"char_lm.py", "fsdp.py", "thresholds.py"}  # fsdp.py in test_fsdp.py
+    assert programs == {
+        "char_lm.py",
+        "fsdp.py",  # in test_fsdp.py
+        "rnn_cotangents.py",  # in test_rnn_cotangents.py
+        "thresholds.py",
+    }

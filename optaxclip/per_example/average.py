@@ -71,7 +71,6 @@ def per_example_clip(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from optaxclip.per_example import per_example_clip
       >>> grads = jnp.array([[3.0, 4.0], [0.0, 0.5], [0.0, 0.0], [jnp.nan, 0.0]])
       >>> mean, examples = per_example_clip(grads, max_norm=1.0)
       >>> print(mean, examples.norms, examples.nonfinite)

@@ -62,7 +62,6 @@ def clipped_value_and_grad(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from optaxclip.per_example import clipped_value_and_grad
       >>> def loss(w, x, y):
       ...     return 0.5 * (w @ x - y) ** 2
       >>> step = clipped_value_and_grad(loss, max_norm=1.0, batch_argnums=(1, 2), microbatch_size=2)

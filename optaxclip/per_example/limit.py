@@ -39,7 +39,6 @@ def update_max_norm(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from optaxclip.per_example import update_max_norm
       >>> norms = jnp.array([0.5, 1.0, 2.0, 4.0])
       >>> print(f"{update_max_norm(0.1, norms):.4f} {update_max_norm(1.5, norms):.4f}")
       0.1105 1.5000

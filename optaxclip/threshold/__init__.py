@@ -22,6 +22,8 @@ threshold        the limit is                                 it follows a lasti
 `growth`         a little more than the previous norm         by a factor per step, also spikes
 `second_moment`  k root mean squares of the past              by a factor per step
 `moment_ratio`   mean over root mean square; to normalize     does not depend on the size
+`outlier`        mean + k deviations of any values, for       when `skip_step` gives way
+                 `skip_step`: losses, too
 ===============  ===========================================  =================================
 
 Four make thresholds of thresholds: `until` switches to another one after some steps, `fallback`
@@ -39,6 +41,7 @@ from .ema_ratio import ema_ratio as ema_ratio
 from .fallback import fallback as fallback
 from .growth import growth as growth
 from .moment_ratio import moment_ratio as moment_ratio
+from .outlier import outlier as outlier
 from .percentile import percentile as percentile
 from .quantile import quantile as quantile
 from .relearning import relearning as relearning

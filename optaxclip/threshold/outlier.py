@@ -57,9 +57,8 @@ def outlier(
       TypeError, ValueError: if an argument is not such, or min_history > window.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from optaxclip.threshold.outlier import outlier
-      >>> rule = outlier(6.0, window=4, min_history=2)
+      >>> import jax.numpy as jnp, optaxclip
+      >>> rule = optaxclip.threshold.outlier(6.0, window=4, min_history=2)
       >>> memory = rule.init(jnp.float32(0))
       >>> for loss in [-1.0, -1.2, -1.1, -1.0]:
       ...     limit, memory = rule.update(jnp.float32(loss), memory)
