@@ -252,7 +252,8 @@ def draw(results: dict[str, dict[str, np.ndarray]], args: argparse.Namespace, pa
     right.set(xlabel="training step", yscale="log", xlim=(1, args.steps))
     right.set_title("training loss", loc="left", fontsize=10)
     left.legend(frameon=False, fontsize=9)
-    right.legend(frameon=False, fontsize=9, title="clipped")
+    right.set_ylim(bottom=0.01)  # room for the legend
+    right.legend(frameon=False, fontsize=9, title="clipped", loc="lower center", ncols=2)
     figure.suptitle(
         f"RNN of {TIME} time steps, recurrent matrix of radius {args.radius:g}: "
         f"median and range of {args.seeds} seeds"
