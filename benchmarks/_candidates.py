@@ -67,6 +67,22 @@ def stable_adamw() -> optax.GradientTransformation:
     )
 
 
+def skipping_adamw() -> optax.GradientTransformation:
+    """AdamW in a `skip_step`, which measures the gradients and keeps or drops the whole step."""
+    return optaxclip.skip_step(optax.adamw(LEARNING_RATE))
+
+
+def fed() -> optax.GradientTransformation:
+    """A clip whose share of the gradients is paid out later."""
+    return optaxclip.clip_with_feedback(optaxclip.clip_by_global_norm())
+
+
+def soft() -> optax.GradientTransformation:
+    """A soft clip of the whole tree."""
+    whole_tree, limit = optaxclip.measure.global_norm(), optaxclip.threshold.constant(1.0)
+    return optaxclip.clip(whole_tree, limit, optaxclip.scale.tanh)
+
+
 DROP_INS = [
     ours("clip_by_global_norm", optaxclip.clip_by_global_norm, "clip_by_global_norm"),
     ours("clip_by_block_rms", optaxclip.clip_by_block_rms, "clip_by_block_rms"),
@@ -119,8 +135,26 @@ OPTAX = {
     )
 }
 
+# Not among "all", for they do more than a clip does: products of matrices, a copy of the tree.
+BEYOND = [
+    ours("clip[tanh]", soft),
+    ours("clip_with_feedback", fed),
+    ours("skip_step", skipping_adamw, place="alone"),
+    ours("clip_by_spectral_norm", optaxclip.clip_by_spectral_norm),
+    ours(
+        "clip_by_spectral_norm[power_iteration]",
+        lambda: optaxclip.clip_by_spectral_norm(method="power_iteration"),
+    ),
+]
+
 VARIANTS = {c.name.removeprefix("optaxclip."): c for c in (*DROP_INS, *ADAPTIVE, *DEFAULTS)}
-SETS = {"all": [*VARIANTS.values()], "drop-ins": DROP_INS, "adaptive": ADAPTIVE}
+NAMES = VARIANTS | {c.name.removeprefix("optaxclip."): c for c in BEYOND}
+SETS = {
+    "all": [*VARIANTS.values()],
+    "drop-ins": DROP_INS,
+    "adaptive": ADAPTIVE,
+    "beyond": BEYOND,
+}
 
 
 def stateless(clip: Callable[[Any, Any], Any]) -> Callable[[], optax.GradientTransformation]:
@@ -169,9 +203,9 @@ def select(names: str, optimizer: str, *, peers: bool) -> list[Candidate]:
     """
     chosen: dict[str, Candidate] = {}
     for name in names.split(","):
-        found = SETS.get(name) or [c for v, c in VARIANTS.items() if name in (v, v.split("[")[0])]
+        found = SETS.get(name) or [c for v, c in NAMES.items() if name in (v, v.split("[")[0])]
         if not found:
-            allowed = ", ".join([*SETS, *VARIANTS])
+            allowed = ", ".join([*SETS, *NAMES])
             raise ValueError(f"no variant {name!r}; choose from {allowed}")
         chosen |= {c.name: c for c in found}
     if optimizer != "adamw":

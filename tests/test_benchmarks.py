@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from roster import EVERY
+from roster import BEYOND, EVERY
 
 ROOT = pathlib.Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -190,6 +190,7 @@ def test_every_variant_is_a_candidate(piece):
 
     assert {name.split("[")[0] for name in candidates.VARIANTS} == set(EVERY)
     assert {f"optaxclip.{name}" for name in candidates.VARIANTS} <= names("all")
+    assert {f"optaxclip.{name}" for name in BEYOND} <= names("beyond")
     assert names("zclip") - names("clip_by_global_norm") == {
         "optaxclip.zclip", "optaxclip.zclip[tree]",
     }  # fmt: skip
