@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import laws_close as close
 import laws_exact as exact
-from roster import EVERY
+from roster import BEYOND, EVERY
 from runs import LIMITED, STRICT
 from strategies import STRUCTURES
 
@@ -35,14 +35,18 @@ def _those(**facts):
 NORMALIZERS = dict.fromkeys(_those(normalizes=[True]), "it enlarges what is small")
 ADAM = {"scale_by_stable_adam": "it limits one tree, m / sqrt(v), by the norm of another"}
 MOMENTS = {"scale_by_stable_adam": "its moments move with a gradient of zero too"}
+SKIPS = {"skip_step": "in a skipped step, nothing moves"}
+CARRY = {"clip_with_feedback": "it pays what it owes, whatever the gradient is"}
 RATIO = {"stabilize_gradients": "its limit is made of this very norm"}
 
+BOTH = (*EVERY, *BEYOND)
+
 LAWS = {
-    "finite": Law(exact.finite),
-    "passes": Law(exact.passes),
+    "finite": Law(exact.finite, of=BOTH),
+    "passes": Law(exact.passes, of=BOTH, besides=SKIPS),
     "no_op": Law(exact.no_op, besides=NORMALIZERS),
-    "zero": Law(exact.zero, besides=MOMENTS),
-    "odd": Law(exact.odd),
+    "zero": Law(exact.zero, of=BOTH, besides=MOMENTS | CARRY),
+    "odd": Law(exact.odd, of=BOTH, besides=CARRY),
     "shrinks": Law(exact.shrinks, besides=NORMALIZERS),
     "monotone": Law(
         exact.monotone,

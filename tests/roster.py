@@ -19,7 +19,7 @@ class Variant(NamedTuple):
     """One way to call a public variant, and what it is by its nature."""
 
     make: Callable[..., optax.GradientTransformation]  # keywords `nonfinite`, `record` -> variant
-    groups: str = "tree"  # what shares one norm: tree, leaf, unit, entry; or a matrix, a step
+    groups: str = "tree"  # what shares one norm: tree, leaf, unit, entry; or matrix
     params: bool = False  # whether update needs params
     memory: bool = False  # whether it learns from norms
     normalizes: bool = False  # changes gradients below the limit too, by design
@@ -75,5 +75,5 @@ BEYOND = {
         functools.partial(oc.clip_by_spectral_norm, method="power_iteration"), groups="matrix"
     ),
     "clip_with_feedback": Variant(fed, memory=True),
-    "skip_step": Variant(skipping, groups="step", memory=True),
+    "skip_step": Variant(skipping, memory=True),
 }

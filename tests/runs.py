@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import trees
 from oracles import norm, tree_norm, unit_axes
-from roster import EVERY, Variant
+from roster import BEYOND, EVERY, Variant
 from strategies import OTHERS
 
 import optaxclip as oc
@@ -48,8 +48,8 @@ STRICT = {
     "strict unit_norm": _strict(oc.measure.unit_norm(), "unit"),
     "strict element": _strict(oc.measure.element(), "entry"),
 }
-ALL = EVERY | STRICT
-LIMITED |= {name: row.make for name, row in STRICT.items()}
+ALL = EVERY | STRICT | BEYOND
+LIMITED |= {name: row.make for name, row in (STRICT | BEYOND).items()}
 
 # Group by group, what the memory of a variant allows: its equation, in float64.
 LEARNED = {

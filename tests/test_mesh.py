@@ -12,7 +12,7 @@ import pytest
 import trees
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from oracles import VARIANTS, once
-from roster import EVERY
+from roster import BEYOND, EVERY
 
 import optaxclip as oc
 from optaxclip import measure
@@ -25,11 +25,11 @@ SPECS = {
 }
 SHAPES = {1: (1, 1), 2: (1, 2), 4: (4, 1), 8: (4, 2)}  # devices along x and y
 TWICE = ("clip_by_second_moment", "scale_by_stable_adam")
-NAMES = [*EVERY, "adaptive_grad_clip stacked", "adaptive_grad_clip per_tensor"]
+NAMES = [*EVERY, *BEYOND, "adaptive_grad_clip stacked", "adaptive_grad_clip per_tensor"]
 
 
 def make(name):
-    return (EVERY[name] if name in EVERY else VARIANTS[name]).make()
+    return (VARIANTS | EVERY | BEYOND)[name].make()
 
 
 def sharded(tree, mesh):
@@ -76,9 +76,11 @@ def check(name, axis_type, mode, devices):
             for _ in range(3):
                 updates, state = step(grads, state, grads)
 
-        # Sums over shards are rounded differently, by a few 2^-24; bfloat16 by an ulp of its own.
+        # Sums over shards are rounded differently, by a few 2^-24, which some twenty products of
+        # matrices add up; bfloat16 by an ulp of its own.
+        close = 2e-5 if name == "clip_by_spectral_norm" else 1e-6
         for leaf, update in updates.items():
-            rtol = 2.0**-7 if update.dtype == jnp.bfloat16 else 1e-6
+            rtol = 2.0**-7 if update.dtype == jnp.bfloat16 else close
             expected = trees.float64(unsharded(name)[leaf])
             trees.assert_close(trees.float64(update), expected, rtol=rtol, atol=1e-9)
             assert update.sharding.is_equivalent_to(grads[leaf].sharding, update.ndim)
