@@ -205,6 +205,51 @@ FAULTS = {
         "_number(name, value, allowed, lambda x: not x < 0)",
         "test_check.py test_bad_input.py",
     ),
+    "let a skipped step into the state inside": Fault(
+        "skipping.py",
+        "kept = _chosen(skip, state.inner, inner_state)",
+        "kept = inner_state",
+        "test_skipping.py -k 'bits or bit or stay'",
+    ),
+    "learn from skipped steps": Fault(
+        "_judge.py",
+        "if learns_all else ~verdict.skip",
+        "if learns_all else jnp.ones_like(verdict.skip)",
+        "test_skipping.py -k good_ones_alone",
+    ),
+    "take what is not finite when giving way": Fault(
+        "_judge.py",
+        "for group in (*norms, *losses)]) & ~nonfinite",
+        "for group in (*norms, *losses)]) | nonfinite",
+        "test_skipping.py -k never_taken",
+    ),
+    "drop all tokens that tie": Fault(
+        "cotangent.py",
+        "chosen = above | (equal & (jnp.cumsum(equal) <= k - jnp.sum(above)))",
+        "chosen = above | equal",
+        "test_cotangent.py -k ties",
+    ),
+    "let a bad example into the sum": Fault(
+        "per_example/average.py",
+        "tx = clip(measured, constant(max_norm), rule, record=False)",
+        'tx = clip(measured, constant(max_norm), rule, nonfinite="propagate", record=False)',
+        "test_per_example.py -k poison",
+    ),
+    "judge each key head by its first query head": Fault(
+        "qk.py",
+        "size = jnp.max(size.reshape(*seen.shape[:-1], key_heads, -1), -1)",
+        "size = size.reshape(*seen.shape[:-1], key_heads, -1)[..., 0]",
+        "test_qk.py -k groups",
+    ),
+    "end the fraction of tanh early": Fault(
+        "scale/soft.py", "range(15, 0, -2)", "range(5, 0, -2)", "test_soft.py -k float64_factors"
+    ),
+    "carry without a bound": Fault(
+        "feedback.py",
+        "rest = rest * rescale(jnp.abs(rest), bound).astype(carry.dtype)",
+        "rest = rest * 1",
+        "test_feedback.py -k 'bounded or max_carry'",
+    ),
 }
 
 
