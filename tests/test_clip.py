@@ -225,6 +225,18 @@ def test_derivatives_through_the_update_are_finite(row):
             chex.assert_tree_all_finite(derivatives(grads, jnp.float32(limit)))
 
 
+@pytest.mark.parametrize("measure", [oc.measure.leaf_norm(), oc.measure.leaf_rms()])
+def test_derivatives_beside_a_leaf_of_another_size_are_finite(measure):
+    """A leaf of 0 or of 1e-30, which is measured again, makes no NaN of one of 1e25."""
+    tx = oc.clip(measure, oc.threshold.constant(1.0))
+    grads = {str(x): jnp.full(2, x, jnp.float32) for x in (0.0, 1e-30, 1.0, 1e25)}
+    grads["complex"] = jnp.full(2, 1e25 + 1e24j, jnp.complex64)
+
+    total = lambda grads: sum(jnp.sum(jnp.abs(x)) for x in jax.tree.leaves(once(tx, grads)[0]))
+
+    chex.assert_tree_all_finite(jax.grad(total)(grads))
+
+
 def test_derivative_through_the_update_is_right():
     """The derivative of a clipped update is that of c g / ||g||, by finite differences."""
     grads = {"a": trees.normal(3), "b": trees.normal(4)}

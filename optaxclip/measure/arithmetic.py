@@ -148,10 +148,10 @@ def in_range(measure: Measure, grads: Tree, params: Tree) -> Tree:
     if not leaves:
         return norms
 
-    def times(powers: Tree, spread: Tree) -> Tree:
+    def times(powers: Tree, spread: Tree, bounded: Callable[..., Any] = lambda x: x) -> Tree:
         """The norms of the gradients times powers of two, over these."""
         seen, each = jax.tree.map(widened, grads), jax.tree.broadcast(spread, grads)
-        scaled = jax.tree.map(lambda g, p: g * p.astype(g.dtype), seen, each)
+        scaled = jax.tree.map(lambda g, p: bounded(g * p.astype(g.dtype)), seen, each)
         found = measure.norms(scaled, params)
         return jax.tree.map(lambda n, p: n / p.astype(n.dtype), found, powers)
 
@@ -169,7 +169,8 @@ def in_range(measure: Measure, grads: Tree, params: Tree) -> Tree:
         # Hidden from XLA, which would make (x * power) * (x * power) into (x * x) * power^2.
         hidden = jax.lax.optimization_barrier(jnp.float32(power))
         powers = jax.tree.map(lambda norm: hidden, norms)
-        other = jax.lax.cond(some(is_such), lambda: times(powers, hidden), lambda: norms)
+        bounded = _saturated if power == LIFT else lambda x: x
+        other = jax.lax.cond(some(is_such), lambda: times(powers, hidden, bounded), lambda: norms)
         chosen = lambda norm, old, new: jnp.where(is_such(norm), new, old)
         return jax.tree.map(chosen, norms, found, other)
 
@@ -178,6 +179,15 @@ def in_range(measure: Measure, grads: Tree, params: Tree) -> Tree:
         return shards.anywhere(jnp.any(jnp.stack([jnp.any(is_such(norm)) for norm in leaves])))
 
     return jax.lax.cond(some(lambda n: _is_small(n) | _is_large(n)), look_again, lambda: norms)
+
+
+def _saturated(x: jax.Array) -> jax.Array:
+    """No larger than what has a square, as what is looked at is; groups that are not, and would
+    become inf, would have a derivative of NaN, not 0."""
+    if jnp.iscomplexobj(x):
+        return jax.lax.complex(_saturated(jnp.real(x)), _saturated(jnp.imag(x)))
+    most = float(jnp.finfo(x.dtype).max) ** 0.5
+    return jnp.clip(x, -most, most)
 
 
 def _power(norm: jax.Array) -> jax.Array:
