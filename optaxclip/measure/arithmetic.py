@@ -182,8 +182,10 @@ def in_range(measure: Measure, grads: Tree, params: Tree) -> Tree:
 
 
 def _saturated(x: jax.Array) -> jax.Array:
-    """No larger than what has a square, as what is looked at is; groups that are not, and would
-    become inf, would have a derivative of NaN, not 0."""
+    """No larger than what has a square, as what is looked at is.
+
+    Groups that are not, and would become inf, would have a derivative of NaN in place of 0.
+    """
     if jnp.iscomplexobj(x):
         return jax.lax.complex(_saturated(jnp.real(x)), _saturated(jnp.imag(x)))
     most = float(jnp.finfo(x.dtype).max) ** 0.5
