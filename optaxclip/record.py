@@ -10,6 +10,7 @@ shard.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple
 
@@ -273,9 +274,9 @@ def _names(paths: list[tuple[Any, ...]]) -> list[str]:
         return [""] * len(paths)
     attribute = jax.tree_util.GetAttrKey
     short = [tuple(key for key in path if not isinstance(key, attribute)) for path in paths]
-    chosen = _apart(short) if len(set(short)) == len(short) else [()]
-    if not all(chosen):  # as where one is within another, in the chain that a skip_step wraps
-        chosen = _apart(paths)
+    # A name is no start of another one, as that of a skip_step would be of those in its chain.
+    within = any(b[: len(a)] == a for a, b in itertools.permutations(short, 2))
+    chosen = _apart(paths if within else short)
     return [jax.tree_util.keystr(p, simple=True, separator="/") + "/" for p in chosen]
 
 

@@ -72,7 +72,8 @@ def skip_step(
     A step is skipped if n or l is not finite, n > mu_n + k sigma_n, or l > mu_l + k sigma_l, of the
     norm n of the gradients as they come in, before anything inside clips them, and of the loss l,
     which is the extra argument `value` of update: `tx.update(grads, state, params, value=loss)`.
-    Then the updates are -0.0, which changes no bit of a parameter that it is added to, and the
+    Then the updates are -0.0 (complex: -0.0 - 0.0i), which changes no bit of a parameter that it is
+    added to (but XLA:CPU flushes subnormal ones in an `optax.apply_updates` outside jit), and the
     state inside stays as it was, bit for bit. Around the whole chain, not in it: what comes after
     it in a chain sees the zeros.
 
@@ -88,16 +89,24 @@ def skip_step(
         arguments.
       norm: the rule for norms. "outlier": `threshold.outlier(k, window=window)`, so there is no
         limit for the first half window. None: none but that they be finite. A fixed limit: a
-        number >= 0, a () array, or a schedule, which counts all steps. Or any `Threshold`.
+        number >= 0, a () array, or a schedule, which counts all steps. Or any `Threshold`; a limit
+        below many of the values, as a percentile or quantile is, wants history="all".
       loss: the rule for losses, () float32 of either sign; the same choices, and a number of any
-        sign. It is left out in steps without `value`; for that, a rule that was asked for, unlike
-        "outlier", is an error.
+        sign. Without `value`, "outlier" is idle; any other rule raises. Of the thresholds,
+        `outlier` and `constant` are for losses that may be <= 0; `sigma` and `zscore` find their
+        outliers, too, but below 0 their `min_sigma` does nothing, and `validate_state` reports
+        their windows; the others are for sizes. A loss of 2^64 or more, of either sign, is judged
+        like others, but not learned. Inside `optax.MultiSteps` the loss is that of the last
+        microbatch, and the norm that of the mean.
       window: L >= 1, how many values "outlier" keeps; static.
       k: how many standard deviations above the mean is an outlier, >= 0.
       max_consecutive: how many outliers in a row are skipped: a whole number >= 1, math.inf for
         all, or a () array.
-      history: "valid": the rules learn from the steps that are taken. "all": from the skipped ones
-        too, if finite, so that in a burst the first few lift the limit over the others.
+      history: "valid": the rules learn from the steps that are taken. For limits above nearly all
+        values, as "outlier" is: one below many would learn from ever smaller values, and skip ever
+        more (of 500 like steps, percentile(90) skips 146 and quantile(0.9) 414). "all": from the
+        skipped ones too, if finite, so that in a burst the first few lift the limit over the
+        others; norms >= 2^64 or < 2^-100 stay out.
       measure: what a norm is of; None: the whole tree. Where there are several, one above its
         limit is enough.
 
@@ -106,8 +115,8 @@ def skip_step(
       :class:`~optaxclip.record.SkipMetrics`.
 
     Raises:
-      TypeError, ValueError: if an argument is not such; at update, if `value` is not a real number,
-        or there is none for a rule.
+      TypeError, ValueError: if an argument is not such; at update, if `value` is no real number or
+        () array of one, or there is none for a rule other than "outlier".
 
     Example:
       >>> import jax.numpy as jnp, optax, optaxclip
@@ -161,8 +170,9 @@ def skip_step(
         grads: Tree, record: SkipRecord, params: Tree, loss: jax.Array | None
     ) -> tuple[jax.Array, Tree, SkipRecord]:
         skip, record = judged(judge, grads, record, params, loss)
-        # Not the gradients as they are: what is not chosen would make the derivative NaN.
-        return skip, jax.tree.map(lambda g: where(skip, jnp.zeros_like(g), g), grads), record
+        # Not the gradients as they are: what is not chosen would make the derivative NaN. Nor
+        # zeros, at which a trust ratio has none.
+        return skip, jax.tree.map(lambda g: where(skip, jnp.ones_like(g), g), grads), record
 
     def update(
         grads: Tree, state: SkipState, params: Tree = None, *, value: Any = None, **extra: Any
@@ -199,12 +209,13 @@ def _rule(name: str, rule: Rule, by_default: Callable[[], Threshold], *, signed:
 
 def _as_loss(value: Any) -> jax.Array:
     """The loss as () float32."""
-    loss = jnp.asarray(value)
-    real = jnp.issubdtype(loss.dtype, jnp.floating) or jnp.issubdtype(loss.dtype, jnp.integer)
-    if loss.shape != () or not real:
-        kind = f"{loss.dtype} {loss.shape}"
-        raise ValueError(f"value must be a loss, a real number or a () array; got {kind}")
-    return loss.astype(jnp.float32)
+    allowed = "a loss, a real number or a () array"
+    # What becomes NaN is an int that float64 cannot hold; a loss that is NaN is skipped.
+    _number("value", value, allowed, lambda x: not (math.isnan(x) and isinstance(value, int)))
+    if isinstance(value, jax.Array):
+        return value.astype(jnp.float32)
+    with np.errstate(over="ignore"):  # inf is what it is in float32
+        return jnp.asarray(np.float32(float(value)))  # JAX would wrap an int around
 
 
 def _chosen(skip: jax.Array, old: Tree, new: Tree) -> Tree:
@@ -228,7 +239,8 @@ def _select(skip: jax.Array, old: list[Any], new: list[Any]) -> list[jax.Array]:
         new = jnp.asarray(new)
         is_float = jnp.issubdtype(new.dtype, jnp.inexact)
         if old is None:
-            old = jnp.full_like(new, -0.0 if is_float else 0)
+            minus_0 = complex(-0.0, -0.0) if jnp.iscomplexobj(new) else -0.0
+            old = jnp.full_like(new, minus_0 if is_float else 0)
         return (where if is_float else jnp.where)(skip, jnp.asarray(old, new.dtype), new)
 
     return list(map(chosen, old, new))

@@ -1,5 +1,6 @@
 """Error feedback: published numbers, the carry and its bound, bad steps, dtypes and wrappers."""
 
+import functools
 import json
 import pathlib
 
@@ -17,6 +18,7 @@ from kinds import SHARE, number, refuses
 import optaxclip as oc
 from optaxclip._range import fields
 from optaxclip.feedback import FeedbackState, clip_with_feedback
+from optaxclip.skipping import skip_step
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "uclip_clip21.json"
 EPS = 2.0**-23
@@ -80,14 +82,13 @@ def test_golden_uclip(case, make, wide):
         np.testing.assert_allclose(ours, theirs, 4 * eps, 5 * eps)
 
 
-def test_clip21_is_not_bounded_and_so_not_offered():
-    """The other method of the file makes updates beyond its limit of 1; ours never do."""
+def test_updates_stay_within_the_limit_where_clip21_exceeds_it():
+    """On the stream on which Clip21 makes updates of 1.5, the largest is the limit, 1."""
     rows = json.loads(GOLDEN.read_text())["cases"]["clip21_tau1_single_worker"]
     grads = jnp.array([row["g"] for row in rows], jnp.float32)
 
     updates = run(clip_with_feedback(oc.clip_by_value(1.0), **UCLIP), grads)[0]
 
-    assert max(row["u"][0] for row in rows) == 1.5
     assert np.abs(updates).max() == 1
 
 
@@ -121,6 +122,37 @@ def test_nothing_is_lost(dtype):
     assert (norms <= 3 * (1 + 8 * float(jnp.finfo(dtype).eps))).all()
     # Rounded to bfloat16 and not carried, updates would be off by 8e-3 and more.
     np.testing.assert_allclose(paid + carries[-1], total, 0, 200 * np.abs(carries).max() * EPS)
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [(jnp.float16, False), (jnp.bfloat16, True)])
+def test_what_rounds_to_no_update_is_not_carried(dtype, kept):
+    """An entry of 1e-5 beside 1000 has a carry in bfloat16; in float16 its update is 0."""
+    grads = jnp.array([[1000.0, 1e-5]] * 4, dtype)
+
+    updates, carries, _ = run(clip_with_feedback(oc.clip_by_global_norm(1.0), **UCLIP), grads)
+
+    assert bool((updates[:, 1] > 0).all()) == kept
+    np.testing.assert_allclose(carries[-1, 1], kept * 4e-5, 0.01)
+    np.testing.assert_allclose(carries[-1, 0], 3996, 1e-3)
+
+
+def test_extra_arguments_reach_the_clipper():
+    """A skip_step inside is given the loss, and functions pass, too, outside jit and in it."""
+
+    def scaled(updates, state, params=None, *, value, times):
+        return jax.tree.map(times, updates), state
+
+    inner = optax.GradientTransformationExtraArgs(lambda params: (), scaled)
+    tx = clip_with_feedback(skip_step(optax.chain(oc.clip_by_value(1.0), inner), loss=2.0))
+    assert isinstance(tx, optax.GradientTransformationExtraArgs)
+    half = lambda x: x / 2
+    jitted = jax.jit(lambda grads, state, value: tx.update(grads, state, value=value, times=half))
+    for update in (jitted, functools.partial(tx.update, times=half)):
+        found, state = [], tx.init(jnp.ones(1))
+        for value in (1.0, 3.0, 1.0):
+            updates, state = update(jnp.array([3.0]), state, value=value)
+            found.append((updates[0], state.carry[0]))
+        np.testing.assert_array_equal(found, [(0.5, 2.5), (0, 2.5), (0.5, 5.0)])
 
 
 def test_without_feedback_the_tail_is_lost():
@@ -291,7 +323,11 @@ def test_threshold_learns_from_norms_with_the_carry():
 
     updates, carries, state = run(tx, sizes[:, None] * jnp.array([[0.6, 0.8]]))
 
-    assert all(np.isfinite(x).all() for x in (updates[-1], carries, *jax.tree.leaves(state)[:-8]))
+    assert all(np.isfinite(x).all() for x in (updates[-1], carries))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.clip.memory))
+    seen = sizes[-1] * np.array([0.6, 0.8]) + np.float64(carries[-2])
+    np.testing.assert_allclose(oc.metrics(state)["norm"], np.linalg.norm(seen), 16 * EPS)
+    assert np.linalg.norm(carries[-2]) > 0.1
     assert np.linalg.norm(carries[4]) <= 10 * np.linalg.norm(updates[4]) * (1 + 16 * EPS)
 
 

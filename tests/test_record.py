@@ -213,6 +213,11 @@ AROUND = {
     "around a clip": (skip_step(CLIP), {"skip/"}, {"inner/"}),
     "around a chain": (skip_step(optax.chain(CLIP, SGD)), {"skip/"}, {"inner/0/"}),
     "in a chain": (optax.chain(skip_step(optax.chain(CLIP, SGD))), {"skip/"}, {"inner/0/"}),
+    "in a chain before a clip": (
+        optax.chain(skip_step(optax.chain(CLIP, SGD)), CLIP),
+        {"0/skip/"},
+        {"0/inner/0/", "1/"},
+    ),
     "beside a clip": (optax.chain(CLIP, skip_step(SGD)), {"1/"}, {"0/"}),
     "twice": (skip_step(skip_step(optax.chain(SGD, CLIP))), {"skip/", "inner/skip/"}, None),
     "named": (

@@ -14,10 +14,12 @@ import trees
 from flax import linen, nnx
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from kinds import HUGE, NO_NUMBER, NO_SCALAR, refuses
 
 import optaxclip as oc
 from optaxclip.record import SkipMetrics
 from optaxclip.skipping import SkipState, skip_step
+from optaxclip.threshold.outlier import outlier
 
 NAN, INF = math.nan, math.inf
 PARAMS = {"kernel": trees.normal(8, 2), "bias": trees.normal(8)}
@@ -67,8 +69,8 @@ def without_counters(state):
 # ------------------------------------------------------------------ what a step leaves behind
 
 
-def trained(tx, stream):
-    """Parameters and state after a scan over a stream of gradients and losses."""
+def trained(tx, *streams):
+    """Parameters and state after each stream of gradients and losses, ten steps in a program."""
 
     def step(carry, now):
         params, state = carry
@@ -76,8 +78,13 @@ def trained(tx, stream):
         updates, state = tx.update(grads, state, params, value=loss)
         return (optax.apply_updates(params, updates), state), None
 
-    train = jax.jit(lambda stream: jax.lax.scan(step, (PARAMS, tx.init(PARAMS)), stream)[0])
-    return train(stream)
+    train = jax.jit(lambda carry, tens: jax.lax.scan(step, carry, tens)[0])
+    for stream in streams:
+        tens = jax.tree.map(lambda x: np.asarray(x).reshape(-1, 10, *x.shape[1:]), stream)
+        carry = PARAMS, tx.init(PARAMS)
+        for i in range(len(tens[1])):
+            carry = train(carry, jax.tree.map(lambda x, i=i: x[i], tens))
+        yield carry
 
 
 def test_1000_steps_with_bad_ones_end_as_the_good_ones_alone():
@@ -99,9 +106,9 @@ def test_1000_steps_with_bad_ones_end_as_the_good_ones_alone():
     good = np.setdiff1d(np.arange(1000), np.concatenate(list(bad.values())))
     tx = skip_step(adamw())
 
-    params, state = trained(tx, (broken, broken_losses))
     stream, losses = jax.tree.map(lambda x: x[good], (stream, losses))
-    expected, alone = trained(tx, (stream, losses))
+    seen = trained(tx, (broken, broken_losses), (stream, losses))
+    (params, state), (expected, alone) = seen
 
     trees.assert_same_bits(params, expected)
     trees.assert_same_bits(without_counters(state), without_counters(alone))
@@ -109,24 +116,28 @@ def test_1000_steps_with_bad_ones_end_as_the_good_ones_alone():
     assert (found.steps, found.skipped_steps, found.nonfinite_steps) == (1000, 30, 16)
     assert (other.steps, other.skipped_steps, found.gave_way_steps) == (970, 0, 0)
     # The optimizer itself, in a program of its own, whose roundings Adam adds up.
-    bare, bare_state = trained(optax.with_extra_args_support(adamw()), (stream, losses))
+    [(bare, bare_state)] = trained(optax.with_extra_args_support(adamw()), (stream, losses))
     trees.assert_close(params, bare, rtol=1e-3, atol=1e-4)
     assert optax.tree.get(state.inner[0], "count") == optax.tree.get(bare_state[0], "count") == 970
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.complex64])
-def test_a_skipped_step_changes_no_bit(dtype):
+def test_a_skipped_step_changes_no_bit():
     """Zeros of both signs, the smallest normal numbers, NaN: parameters stay as they are."""
-    tiny = jnp.finfo(dtype).tiny
-    params = {"w": jnp.asarray([0.0, -0.0, 1.0, -tiny, INF, NAN], dtype)}
-    grads = {"w": jnp.zeros_like(params["w"]).at[2].set(NAN)}
+    kinds = {
+        jnp.dtype(kind).name: [0.0, -0.0, 1.0, -jnp.finfo(kind).tiny, INF, NAN]
+        for kind in (jnp.float32, jnp.bfloat16, jnp.float16)
+    }
+    parts = kinds["float32"]
+    kinds["complex64"] = [complex(x, y) for x in parts for y in parts]
+    params = {name: jnp.asarray(np.array(x), name) for name, x in kinds.items()}
+    grads = jax.tree.map(lambda x: jnp.zeros_like(x).at[2].set(NAN), params)
     tx = skip_step(optax.trace(0.9))
 
     def step(params, state):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    _, before = tx.update({"w": jnp.ones_like(params["w"])}, tx.init(params), params)
+    _, before = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
     for run in (step, jax.jit(step)):
         after, state = run(params, before)
         trees.assert_same_bits(after, params)
@@ -176,6 +187,7 @@ def test_leaves_that_are_no_floats():
     assert updates["none"] is None
     np.testing.assert_array_equal(updates["n"], [0, 0])
     assert str(updates["w"]) == "[-0.]"
+    tx = FIXED(optax.identity())
     for empty in ({}, (), {"n": jnp.arange(3)}):
         updates, state = tx.update(empty, tx.init(empty))
         trees.assert_same_bits(updates, empty)
@@ -199,7 +211,7 @@ def test_a_bad_loss_alone_skips():
 
 
 def test_without_a_loss_norms_are_judged_alone():
-    """Without `value`, the metrics show NaN for the loss, and its history stays as it is."""
+    """Without `value`, the metrics show -inf for the loss, and its history stays as it is."""
     tx = skip_step(optax.sgd(0.1), window=2)
     out = steps(tx, [1.0, 1.0, 1.0, 100.0])
 
@@ -252,6 +264,103 @@ def test_one_group_above_its_limit_is_enough():
         assert int(state.skip.metrics.skipped) == (factor == 30)
         assert bool(jnp.all(updates["kernel"] == 0)) == (factor == 30)
     assert state.skip.memory.norm.values.max() < 2 * NORM
+
+
+def test_metrics_show_the_largest_norm_and_the_smallest_limit():
+    """Of groups in several arrays, each with a limit of its own, the two extremes are shown."""
+    tx = skip_step(
+        optax.identity(), norm=oc.threshold.growth(2.0), measure=oc.measure.unit_norm(axis=1)
+    )
+    grads = {"a": jnp.array([[3.0, 4.0], [1.5, 2.0]]), "b": jnp.array([[6.0, 8.0], [0.3, 0.4]])}
+    for tree in (grads, dict(zip("ab", reversed(grads.values()), strict=True))):
+        state = tx.init(tree)
+        for _ in range(2):
+            _, state = tx.update(tree, state)
+        found = state.skip.metrics
+        assert found.norm == pytest.approx(10.0, rel=1e-6)
+        assert found.limit == pytest.approx(1.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["norm", "loss"])
+def test_a_limit_that_is_nan_skips_and_teaches_nothing(rule):
+    """Where k is traced and NaN for a step, it is skipped, and no history learns of it."""
+
+    def make(k):
+        judged_by = {"norm": None, "loss": None, rule: outlier(jnp.float32(k), window=4)}
+        return skip_step(optax.identity(), **judged_by, history="all")
+
+    good, bad = make(6.0), make(NAN)
+    state = good.init(PARAMS)
+    for loss in (1.0, 1.1, 0.9):
+        _, state = good.update(times(loss), state, PARAMS, value=loss)
+    _, after = bad.update(GRADS, state, PARAMS, value=1.0)
+
+    assert (state.skip.metrics.skipped, after.skip.metrics.skipped) == (0, 1)
+    trees.assert_same_bits(after.skip.memory[:2], state.skip.memory[:2])
+    assert getattr(state.skip.memory, rule).seen == 3
+
+
+def test_huge_losses_are_judged_and_not_learned():
+    """A loss of 1e25 is taken while there is no limit, and skipped above one; none is learned."""
+    losses = [1e25, 1.0, 1.1, -1e25, 0.9, 1.0, 1e25, 1.0, 9.0]
+    out = steps(skip_step(optax.sgd(0.1), window=4, history="all"), [1.0] * 9, losses)
+
+    assert skipped(out) == [0, 0, 0, 0, 0, 0, 1, 0, 1]
+    assert [int(state.skip.memory.loss.seen) for _, state in out] == [0, 1, 2, 2, 3, 4, 4, 4, 4]
+    assert jnp.abs(out[-2][1].skip.memory.loss.values).max() < 2
+
+
+ORDERS = {
+    "percentile": oc.threshold.percentile(90.0),
+    "quantile": oc.threshold.quantile(0.9),
+}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def found_skips(tx, norms, losses):
+    """Which steps of a stream are skipped, and the last state."""
+
+    def step(state, now):
+        _, state = tx.update(now[0][None], state, value=now[1])
+        return state, state.skip.metrics.skipped
+
+    return jax.lax.scan(step, tx.init(jnp.ones(1)), (norms, losses))[::-1]
+
+
+@pytest.mark.parametrize("rule", ORDERS.values(), ids=ORDERS)
+def test_limits_below_many_values_learn_from_all(rule):
+    """With history="all" the share above a quantile is skipped; else ever more, as is said."""
+    norms = jnp.float32(np.exp(0.1 * np.random.default_rng(0).normal(size=500)))
+    make = lambda history: skip_step(optax.identity(), norm=rule, loss=None, history=history)
+
+    share, ratchet = (
+        int(found_skips(make(history), norms, jnp.ones(500))[0].sum())
+        for history in ("all", "valid")
+    )
+
+    # 3 deviations of a binomial, and what the rule takes to start.
+    assert 0.05 * 500 < share < 0.15 * 500
+    assert ratchet > 0.25 * 500
+
+
+SIGNED = {
+    "outlier": (outlier(6.0), []),
+    "sigma": (oc.threshold.sigma(6.0), ["skip/memory/loss"]),
+    "zscore": (oc.threshold.zscore(6.0), ["skip/memory/loss/first", "skip/memory/loss/mean"]),
+}
+
+
+@pytest.mark.parametrize(("rule", "faults"), SIGNED.values(), ids=SIGNED)
+def test_thresholds_that_take_losses_of_any_sign(rule, faults):
+    """Negative losses are judged as positive ones; only windows of norms are then reported."""
+    noise = 0.05 * np.random.default_rng(0).normal(size=300)
+    noise[200] = 1.0
+    tx = skip_step(optax.identity(), norm=None, loss=rule)
+    for middle in (1.0, 0.0, -1.0):
+        found, state = found_skips(tx, jnp.ones(300), jnp.float32(middle + noise))
+        assert np.flatnonzero(found).tolist() == [200]
+    places = {problem.place.rsplit("/norms")[0] for problem in oc.validate_state(state)}
+    assert sorted(places) == faults
 
 
 @pytest.mark.parametrize("factor", [2.0**80, 0.0, 1e-33])
@@ -409,6 +518,22 @@ def test_derivatives_are_those_of_the_step_that_is_taken(wrap):
     assert np.isfinite(both(jnp.float32(0.0))[0])
 
 
+@pytest.mark.parametrize("inner", [optax.scale_by_trust_ratio(), optax.scale_by_rms()])
+def test_derivatives_by_the_parameters_are_those_of_no_step(inner):
+    """Through a skipped step parameters pass as they are, whatever is singular inside at 0."""
+    tx = skip_step(inner)
+
+    def moved(params, bad):
+        grads = times(jnp.where(bad, NAN, 1.0))
+        updates, _ = tx.update(grads, tx.init(PARAMS), params)
+        return optax.tree.sum(optax.apply_updates(params, updates))
+
+    slope = jax.jit(jax.grad(moved))
+
+    trees.assert_same_bits(slope(PARAMS, True), jax.tree.map(jnp.ones_like, PARAMS))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(slope(PARAMS, False)))
+
+
 def test_bad_traced_numbers_flip_no_sign():
     """Where k, a limit or max_consecutive is traced and bad, steps are skipped or taken as are."""
 
@@ -478,7 +603,8 @@ def test_flax_train_state():
     """A Linen TrainState keeps its parameters in a skipped step; the loss reaches it by `value`."""
     model, x = linen.Dense(2), trees.normal(16, 4)
     params = model.init(jax.random.key(0), x)["params"]
-    tx = skip_step(optax.chain(oc.clip_by_global_norm(1.0), adamw()), norm=100.0, loss=50.0)
+    momentum = optax.sgd(0.1, momentum=0.9)
+    tx = skip_step(optax.chain(oc.clip_by_global_norm(1.0), momentum), norm=100.0, loss=50.0)
     state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
 
     @jax.jit
@@ -494,7 +620,7 @@ def test_flax_train_state():
         trees.assert_same_bits(again.params, first.params)
         trees.assert_same_bits(again.opt_state.inner, first.opt_state.inner)
         assert int(oc.metrics(again)["skip/skipped"]) == 1
-    default = TrainState.create(apply_fn=model.apply, params=params, tx=skip_step(adamw()))
+    default = TrainState.create(apply_fn=model.apply, params=params, tx=skip_step(momentum))
     bad = default.apply_gradients(grads=jax.tree.map(lambda p: p * NAN, params))
     trees.assert_same_bits(bad.params, params)
 
@@ -697,9 +823,27 @@ def test_bad_losses_are_errors():
     tx = skip_step(optax.sgd(0.1), loss=2.0)
     with pytest.raises(ValueError, match=r"call update\(grads, \.\.\., value=loss\)"):
         tx.update(GRADS, tx.init(PARAMS), PARAMS)
-    for value in (jnp.ones(3), 1j, True):
-        with pytest.raises(ValueError, match="value must be a loss"):
-            tx.update(GRADS, tx.init(PARAMS), PARAMS, value=value)
-    for value in (1, 1.0, np.float64(1), jnp.bfloat16(1), np.float16(1)):
-        _, state = tx.update(GRADS, tx.init(PARAMS), PARAMS, value=value)
-        assert state.skip.metrics.loss.dtype == jnp.float32
+    state = tx.init(PARAMS)
+    for bad in (*NO_NUMBER, *NO_SCALAR, HUGE):
+        if bad.value is None:
+            continue
+        message = (
+            f"value must be a loss, a real number or a () array; got {bad.shown or repr(bad.value)}"
+        )
+        refuses(lambda x=bad.value: tx.update(GRADS, state, PARAMS, value=x), bad.error, message)
+
+
+def test_losses_of_every_type_are_float32():
+    """Numbers of Python, NumPy and JAX are taken as they are; no integer wraps around."""
+    tx = skip_step(optax.identity(), norm=None, loss=None)
+    state = tx.init(PARAMS)
+    update = lambda x: tx.update(GRADS, state, PARAMS, value=x)[1].skip.metrics.loss
+    ones = (1, 1.0, np.float64(1), jnp.bfloat16(1), np.float16(1), np.array(1), jnp.uint8(1))
+    large = (2**40, np.int64(2**40), np.uint64(2**40), 2.0**40)
+    for value, loss in [*((x, 1) for x in ones), *((x, 2.0**40) for x in large)]:
+        found = update(value)
+        assert (found, found.dtype) == (loss, jnp.float32)
+    assert update(np.uint32(2**32 - 1)) == 2.0**32
+    for value in (1e39, np.float64(1e39), INF, np.float32(INF)):
+        assert update(value) == INF
+    assert np.isnan(update(NAN))

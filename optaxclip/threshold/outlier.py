@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip import _check
-from optaxclip._numbers import as_like, where_positive
+from optaxclip._numbers import as_like
 from optaxclip._range import Count, Range
 
 from .base import Threshold, zeros_for
-from .window import Window, _places, median_and_deviation, pushed
+from .window import Window, _there, mean_and_deviation, median_and_deviation, pushed
 from .zscore import STARTS
 
 
@@ -93,33 +93,17 @@ def outlier(
     def update(value: jax.Array, memory: History) -> tuple[jax.Array, History]:
         least = as_like(min_history, memory.seen)
         started = memory.seen >= least
-        limit = jnp.where(started, boundary(*_mean_and_deviation(memory, ddof)), jnp.inf)
-        learned = pushed(Window(*memory), value)
+        past = Window(*memory)
+        limit = jnp.where(started, boundary(*mean_and_deviation(past, ddof)), jnp.inf)
+        learned = pushed(past, value)
         if start == "median":
             starts = (learned.seen >= least) & ~started
             most = jnp.where(starts, boundary(*median_and_deviation(learned)), jnp.inf)
             cut = jnp.minimum(learned.norms, most[None])
-            learned = learned._replace(norms=jnp.where(_there(*learned), cut, 0))
+            learned = learned._replace(norms=jnp.where(_there(learned), cut, 0))
         return limit, History(*learned)
 
     def init(value: Any) -> History:
         return History(zeros_for(value, length=window), zeros_for(value, jnp.int32))
 
     return Threshold(init, update)
-
-
-def _mean_and_deviation(history: History, ddof: int) -> tuple[jax.Array, jax.Array]:
-    """Those of each group; 0 without values."""
-    values, count = history.values, jnp.maximum(history.seen, 1).astype(history.values.dtype)
-    # Squares of values leave the range of float32, those of shares of the largest do not.
-    unit = jnp.max(jnp.abs(values), axis=0)
-    unit = jnp.where(unit >= jnp.finfo(values.dtype).tiny, unit, 1)
-    shares = values / unit[None]
-    mean = jnp.sum(shares, axis=0) / count
-    apart = jnp.where(_there(*history), shares - mean[None], 0)
-    variance = jnp.sum(jnp.square(apart), axis=0) / jnp.maximum(count - ddof, 1)
-    return unit * mean, unit * where_positive(jnp.sqrt, variance)
-
-
-def _there(values: jax.Array, seen: jax.Array) -> jax.Array:
-    return _places(values) < seen[None]

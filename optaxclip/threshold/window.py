@@ -1,4 +1,4 @@
-"""The latest norms, one window per group, and their order statistics."""
+"""The latest norms, one window per group, and their statistics, which take any sign."""
 
 from __future__ import annotations
 
@@ -39,13 +39,17 @@ def pushed(window: Window, norm: jax.Array) -> Window:
     return Window(norms, jnp.minimum(window.seen + 1, norms.shape[0]))
 
 
-def mean_and_deviation(window: Window) -> tuple[jax.Array, jax.Array]:
-    """The mean and the standard deviation (divided by n) of each group; 0 without norms."""
-    there, count = _there(window), jnp.maximum(window.seen, 1).astype(window.norms.dtype)
-    mean = jnp.sum(window.norms, axis=0) / count
-    unit = jnp.where(mean > 0, mean, 1)  # squares of norms leave the range, those of ratios do not
-    ratios = jnp.where(there, (window.norms - mean[None]) / unit[None], 0)
-    return mean, unit * where_positive(jnp.sqrt, jnp.sum(jnp.square(ratios), axis=0) / count)
+def mean_and_deviation(window: Window, ddof: int = 0) -> tuple[jax.Array, jax.Array]:
+    """The mean and the standard deviation (divided by n - ddof) of each group; 0 without norms."""
+    norms, count = window.norms, jnp.maximum(window.seen, 1).astype(window.norms.dtype)
+    # Squares of norms leave the range of float32, those of shares of the largest do not.
+    unit = jnp.max(jnp.abs(norms), axis=0)
+    unit = jnp.where(unit >= jnp.finfo(norms.dtype).tiny, unit, 1)
+    shares = norms / unit[None]
+    mean = jnp.sum(shares, axis=0) / count
+    apart = jnp.where(_there(window), shares - mean[None], 0)
+    variance = jnp.sum(jnp.square(apart), axis=0) / jnp.maximum(count - ddof, 1)
+    return unit * mean, unit * where_positive(jnp.sqrt, variance)
 
 
 def median_and_deviation(window: Window) -> tuple[jax.Array, jax.Array]:
