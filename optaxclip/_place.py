@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from .measure import Measure
-from .measure.shards import varying
+from .measure.shards import varied, varying
 
 Tree = Any
 
@@ -92,9 +92,8 @@ def _varying_alike(state: Tree, like: Any = None) -> Tree:
         return state
 
     def cast(x: jax.Array) -> jax.Array:
-        more = tuple(name for name in names if name not in varying(x))
         alike = x.shape[max(x.ndim - like.ndim, 0) :] == like.shape
-        return jax.lax.pcast(x, more, to="varying") if more and alike else x
+        return varied(x, names) if alike else x
 
     return jax.tree.map(cast, state)
 

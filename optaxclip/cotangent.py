@@ -21,11 +21,16 @@ The backward pass is :func:`optaxclip.clip` itself on the tree of cotangents, so
 guarantees holds here too. It keeps nothing for the next step: thresholds that learn have no place.
 
 Where it is placed decides what is one clip. In the body of a `scan` it is one per time step. Under
-`vmap`, it is one per example; without, a batch has one norm, unless the measure has one per token.
-Inside `shard_map`, norms are of the whole as :mod:`optaxclip.measure` says. Recomputation
-(`jax.checkpoint`) changes nothing. Gradients of gradients are those of the clipped backward pass.
-Derivatives in forward mode (`jax.jvp`, `jax.jacfwd`) of the model are a TypeError, as of every
-`jax.custom_vjp`; `jax.hessian`, which is forward over reverse, works.
+`vmap`, of a tree that it maps, it is one per example; without, a batch has one norm, unless the
+measure has one per token. Inside `shard_map`, norms are of the whole as :mod:`optaxclip.measure`
+says. **Under `vmap` inside `shard_map`**, JAX does not tell examples that are split over devices
+from shards of one, and the norm of each would be joined with those of other devices' examples:
+there, give `measure=measure.global_norm(axis_name=())`.
+
+Recomputation (`jax.checkpoint`) changes nothing. Gradients of gradients are those of the clipped
+backward pass. Derivatives in forward mode (`jax.jvp`, `jax.jacfwd`) of the model are a TypeError,
+as of every `jax.custom_vjp`; `jax.hessian`, which is forward over reverse, works. Outside
+`jax.jit`, make a measure or a scale once: a new one is a new program.
 
 The clipped gradient is in general not the gradient of any loss. A cotangent clip bounds; where it
 acts often, it also biases.
@@ -41,13 +46,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from . import _check
+from ._check import _refuse
 from ._clip import NONFINITE, Scale, clip
 from ._numbers import part
 from .measure import Measure, global_norm, unit_norm
-from .measure.shards import varying
+from .measure.arithmetic import in_range
+from .measure.shards import gathered, varied, varying
 from .record import ClipState, Metrics, start
 from .scale import rescale, skip
 from .threshold import Threshold, constant
@@ -62,8 +68,8 @@ TREE, TOKENS = global_norm(), unit_norm(axis=-1)
 class CotangentMetrics(NamedTuple):
     """What a backward pass was: sums over its clips, so that they add up as gradients do."""
 
-    norm: jax.Array  # () float32, largest norm before clipping; 0 where it is not finite
-    clipped_norm: jax.Array  # () float32, largest norm after clipping; 0 where it is not finite
+    norm: jax.Array  # () float32, largest norm before clipping; 0 where some norm is not finite
+    clipped_norm: jax.Array  # () float32, largest norm after clipping; 0 where norm is
     clipped: jax.Array  # () float32, share of the groups that were clipped
     calls: jax.Array  # () float32, clips: 1 each
     clipped_calls: jax.Array  # () float32, clips in which some group was clipped
@@ -98,9 +104,12 @@ def clip_cotangent(
       x: any tree; leaves that are no floats pass by.
       max_norm: c >= 0, a number or a () array; inf measures only, 0 lets no gradient through. No
         gradient flows into it.
-      measure: what shares one norm; None: all leaves of `x`. `measure.relative`, which needs
-        parameters, has none here: an error in the backward pass.
-      scale: norm, limit -> factor, see :mod:`optaxclip.scale`.
+      measure: what shares one norm; None: all leaves of `x`, and inside `shard_map` of all their
+        shards. `measure.global_norm(axis_name=())` where examples are split over devices and
+        mapped by `vmap` there. `measure.relative`, which needs parameters, has none here: an error
+        in the backward pass.
+      scale: norm, limit -> factor, see :mod:`optaxclip.scale`. Numbers in it, as in
+        `scale.automatic(0.1)`, are not traced.
       nonfinite: what becomes of a cotangent whose norm is inf or NaN, see :func:`optaxclip.clip`.
       probe: of :func:`cotangent_probe`; None: nothing is recorded.
 
@@ -131,7 +140,7 @@ def clip_cotangent(
     _check.within(0, math.inf, max_norm=max_norm)
     _check.limit(max_norm=max_norm)
     _check.instance(Measure, "measure.global_norm()", measure=measure)
-    _check.function("scale.rescale", scale=scale)
+    _check_scale(scale)
     _check.choice(NONFINITE, nonfinite=nonfinite)
     _check_probe(probe)
     floats, whole = part(x)
@@ -160,7 +169,8 @@ def drop_largest_cotangents(
         Inside `shard_map`, which needs `measure.unit_norm(axis=-1, axis_name=...)` where `x` is
         split, each device drops k of its own tokens.
       nonfinite: what becomes of tokens whose norm is inf or NaN, see :func:`optaxclip.clip`. They
-        are not among the k, so that they shield no large one.
+        are not among the k, so that they shield no large one; under "sanitize", what is left of
+        them stays, however large.
       probe: of :func:`cotangent_probe`; None: nothing is recorded.
 
     Returns:
@@ -202,9 +212,14 @@ def cotangent_probe() -> CotangentMetrics:
     has nothing to do with the loss: the clip puts its metrics there. JAX adds up gradients, so
 
     * one probe for several clips gives their sums: a `scan` that closes over it, examples of a
-      `vmap`, layers. The mean norm is norm / calls (over finite ones, calls - nonfinite_calls).
+      `vmap`, layers. Their mean norm is norm / (calls - nonfinite_calls): a clip in which some norm
+      is not finite adds none, whatever becomes of it.
     * a probe per step gives a row per step, with its own norm: `jnp.zeros` of (steps,) in each
       field, as `xs` of a `scan`; or one probe for each layer.
+    * inside `shard_map`, the clips that all devices do at one place are one call, of which the norm
+      is the largest on any, also where each device clips examples of its own. Where JAX does not
+      track what is split (check_vma=False, `pmap`), it is of the device's own clip, and a gradient
+      that is taken outside adds up devices.
 
     A clip that no gradient comes back to leaves zeros, calls included.
 
@@ -226,9 +241,25 @@ def cotangent_probe() -> CotangentMetrics:
     return CotangentMetrics(*(jnp.zeros((), jnp.float32) for _ in CotangentMetrics._fields))
 
 
+def _check_scale(scale: Scale) -> None:
+    """Accepts a function of norms and limits alone, as the backward pass is another program."""
+    _check.function("scale.rescale", scale=scale)
+    if scale is rescale:
+        return
+    one = jax.ShapeDtypeStruct((), jnp.float32)
+    if any(isinstance(x, jax.core.Tracer) for x in jax.make_jaxpr(scale)(one, one).consts):
+        _refuse(TypeError, "scale", scale, "a function in which no number is traced")
+
+
 def _check_probe(probe: CotangentMetrics | None) -> None:
-    if probe is not None:
-        _check.instance(CotangentMetrics, "cotangent_probe()", probe=probe)
+    if probe is None:
+        return
+    _check.instance(CotangentMetrics, "cotangent_probe()", probe=probe)
+    for name, x in zip(probe._fields, probe, strict=True):
+        if jnp.shape(x) != () or jnp.result_type(x) != jnp.float32:
+            got = jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+            allowed = "a () array of float32, as cotangent_probe() has it"
+            _refuse(ValueError, f"probe.{name}", got, allowed)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -245,8 +276,8 @@ def _forward(
 def _backward(rule: _Rule, kept: Any, cotangents: Tree) -> tuple[Tree, None, Any]:
     limit, probe = kept
     cotangents, metrics = _clipped(rule, jax.lax.stop_gradient(limit), cotangents)
-    # Inside shard_map, metrics are the same on all devices; a probe need not be.
-    return cotangents, None, jax.tree.map(_varying_as, metrics, probe)
+    # Inside shard_map, metrics that JAX tracks are the same on all devices; a probe need not be.
+    return cotangents, None, jax.tree.map(lambda x, p: varied(x, varying(p)), metrics, probe)
 
 
 _identity.defvjp(_forward, _backward)
@@ -255,15 +286,21 @@ _identity.defvjp(_forward, _backward)
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _clipped(rule: _Rule, limit: Any, cotangents: Tree) -> tuple[Tree, CotangentMetrics | None]:
     """The engine, which has no memory here."""
+    measure, norms = rule.measure, None
     threshold = constant(limit) if rule.k is None else _below_largest(rule.k)
-    tx = clip(rule.measure, threshold, rule.scale, nonfinite=rule.nonfinite, record=rule.record)
-    cotangents, state = tx.update(cotangents, ClipState((), start() if rule.record else None))
+    if rule.k is not None and rule.nonfinite == "sanitize":
+        norms = in_range(measure, cotangents, None)
+        measure = _without_bad(measure)
+    tx = clip(measure, threshold, rule.scale, nonfinite=rule.nonfinite, record=rule.record)
+    state = ClipState((), start() if rule.record else None)
+    cotangents, state = tx.update(cotangents, state, norms)
     return cotangents, None if state.metrics is None else _to_add(state.metrics)
 
 
 def _to_add(metrics: Metrics) -> CotangentMetrics:
-    finite = jnp.isfinite(metrics.norm)
-    or_0 = lambda x: jnp.where(jnp.isfinite(x), x, 0)
+    # Of a float64 norm, float32 may be inf.
+    finite = (metrics.nonfinite_steps == 0) & jnp.isfinite(metrics.norm)
+    or_0 = lambda x: jnp.where(finite, x, 0)
     count = lambda x: x.astype(jnp.float32)
     return CotangentMetrics(
         norm=or_0(metrics.norm),
@@ -272,20 +309,26 @@ def _to_add(metrics: Metrics) -> CotangentMetrics:
         # Not 1: vmap adds up over its examples only what depends on them.
         calls=count(finite) + count(~finite),
         clipped_calls=count(metrics.clipped_steps),
-        nonfinite_calls=count(metrics.nonfinite_steps),
+        nonfinite_calls=count(~finite),
     )
 
 
-def _varying_as(x: jax.Array, like: jax.Array) -> jax.Array:
-    more = tuple(name for name in varying(like) if name not in varying(x))
-    return jax.lax.pcast(x, more, to="varying") if more else x
+def _without_bad(measure: Measure) -> Measure:
+    """Of what is left of groups that were not finite, as their norms in place of params say, 0."""
+
+    def norms(grads: Tree, before: Tree) -> Tree:
+        # What is not finite is not yet sanitized, and to be counted.
+        kept = lambda n, b: jnp.where(jnp.isfinite(b) | ~jnp.isfinite(n), n, 0)
+        return jax.tree.map(kept, in_range(measure, grads, None), before)
+
+    return measure._replace(norms=norms, sums=False)
 
 
 def _below_largest(k: int) -> Threshold:
     """A limit of 0 for the k largest norms of an array, and none for the others."""
 
     def update(norm: jax.Array, memory: Memory) -> tuple[jax.Array, Memory]:
-        flat = _gathered(norm).reshape(-1)
+        flat = gathered(norm).reshape(-1)
         if not flat.size:
             return norm, memory
         least = jax.lax.top_k(flat, min(k, flat.size))[0][-1]
@@ -298,14 +341,7 @@ def _below_largest(k: int) -> Threshold:
     return Threshold(lambda norm: (), update)
 
 
-def _gathered(x: jax.Array) -> jax.Array:
-    """The array whole on each device of an Explicit mesh, where it could not be reshaped."""
-    kind = jax.typeof(x).sharding
-    split = any(axis is not None for axis in kind.spec)
-    return jax.sharding.reshard(x, NamedSharding(kind.mesh, PartitionSpec())) if split else x
-
-
 def _scattered(x: jax.Array, like: jax.Array) -> jax.Array:
-    """The reverse."""
+    """On devices as another one, which was gathered to compute it."""
     kind = jax.typeof(like).sharding
     return x if kind == jax.typeof(x).sharding else jax.sharding.reshard(x, kind)

@@ -22,11 +22,13 @@ In a training step:
 
 `max_logits` is the model's to report: the maximum over batch, queries and keys of the logits that
 go into the softmax, scaled and without the mask's -inf. Moments of the optimizer stay as they are.
-It does nothing for attention that normalizes queries and keys (QK-norm).
+Do not call it for attention that normalizes queries and keys (QK-norm): there, weights do not
+change the logits, and would be shrunk at every step.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +39,7 @@ from . import _check
 from ._check import _refuse, _shown
 from ._numbers import part, where, widen
 from .measure.base import AxisRule, places, resolve
+from .measure.shards import gathered
 
 Tree = Any
 
@@ -73,7 +76,8 @@ def gqa(
       axis: which axis of a leaf is the heads, with that of head_dim behind it: -2 does for Flax's
         kernels (embed, heads, head_dim) and biases (heads, head_dim). An int; a tuple with one
         axis per axis of `max_logits`; or a function (path, leaf) -> one of these.
-      alpha: in [0, 1], the power of gamma for queries; keys have the rest.
+      alpha: in [0, 1], the power of gamma for queries; keys have the rest. A traced one that is
+        not leaves the weights alone.
 
     Returns:
       A layout for :func:`qk_clip`.
@@ -142,7 +146,7 @@ def qk_clip(
       max_logits: S_max, (heads,) float32, the largest logit of each query head in this step; with
         stacked layers (layers, heads), where leaves have the axis of layers in front, or where the
         layout says.
-      limit: tau > 0. A traced one that is not > 0 leaves the weights alone.
+      limit: tau > 0; inf leaves the weights alone, and so does a traced one that is not > 0.
       layout: which leaves are queries and keys; None: `gqa()`, by the names that Flax gives them.
 
     Returns:
@@ -169,12 +173,12 @@ def qk_clip(
     Deviation from the paper: none; grouped keys, of which it says nothing, follow the largest
     logit of the group.
     """
-    _check.positive(limit=limit)
+    _check.within(1.2e-38, math.inf, limit=limit)
     layout = gqa() if layout is None else layout
     _check.instance(Layout, "qk.gqa()", layout=layout)
     floats, whole = part(params)
     found = places(floats)
-    seen = jnp.asarray(max_logits, jnp.float32)
+    seen = gathered(jnp.asarray(max_logits, jnp.float32))
     if seen.ndim == 0:
         _refuse(ValueError, "max_logits", max_logits, "an array of shape (..., heads)")
     queries, keys = (_found(each.path, floats) for each in layout)
@@ -245,7 +249,8 @@ def _scaled(weights: Weights, path: str, leaf: jax.Array, gamma: jax.Array) -> j
         message = f"leaf {path!r} must have the heads, {gamma.shape}, along its axes {axes}; got "
         raise ValueError(f"{message}{leaf.shape}")
     if weights.columns is None:
-        factor = gamma ** jnp.float32(weights.power)
+        power = jnp.asarray(weights.power, jnp.float32)
+        factor = gamma ** jnp.where((power >= 0) & (power <= 1), power, 0)
     else:
         axes = (*axes, axes[-1] + 1)
         if axes[-1] == leaf.ndim or leaf.shape[axes[-1]] < weights.columns:

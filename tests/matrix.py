@@ -73,6 +73,7 @@ def own(run, *no):
 
 
 CLOSURES = "a transformation is two closures, as all of Optax's are"
+SPECTRAL = [name for name, row in BEYOND.items() if row.groups == "matrix"]
 SCHEDULED = [*LEARNING, "clippy"]
 SCHEDULED.remove("scale_by_stable_adam")
 
@@ -144,6 +145,7 @@ SECTIONS = {
         own(
             leaves.rank_six,
             No("above rank 5 say with axis= what a unit is", ValueError, "ranks up to 5", UNITS),
+            No("and with axes= what a matrix is", ValueError, "ranks up to 5", SPECTRAL),
         ),
         own(leaves.threshold_types),
         own(leaves.traced_threshold),
@@ -170,7 +172,7 @@ SECTIONS = {
                 "Optax finds no parameters in a list of memories, one per leaf",
                 ValueError,
                 "different types",
-                ["clip_by_second_moment"],
+                ["clip_by_second_moment", "clip_by_spectral_norm[power_iteration]"],
             ),
         ),
         shared(

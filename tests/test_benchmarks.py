@@ -145,6 +145,23 @@ def test_saved_rows_are_replaced_one_by_one(piece, tmp_path):
     assert dates == {"gpt2": "old", "nfnet": "new", "scanned": "new"}
 
 
+def test_spectral(tmp_path):
+    """The table of errors has a row per clip, and none of Newton-Schulz is far from SVD."""
+    done = run("spectral.py", "--size", "8", "--markdown", tmp_path / "spectral.md")
+
+    assert done.returncode == 0, done.stderr
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in (tmp_path / "spectral.md").read_text().splitlines()
+        if line.startswith(("| hard", "| soft"))
+    ]
+    assert {row[0] for row in rows} >= {"hard, newton_schulz", "soft, newton_schulz", "hard, svd"}
+    for row in rows:
+        if "power" not in row[0]:
+            most = 1e-4 if row[1] == "float32" else 1e-2  # over 2^-8, what bfloat16 rounds to
+            assert all(float(cell.split()[0]) < most for cell in row[3:7]), row
+
+
 def test_scaling(tmp_path):
     """Every sweep has its costs and slopes, and its collectives once there are two devices."""
     done = run("scaling.py", "--quick", "--json", tmp_path / "s.json", "--plot", tmp_path / "s.png")
@@ -330,4 +347,6 @@ def test_kernels_are_counted(piece):
 
 def test_every_program_is_run_here():
     """A program that is added to the benchmarks needs a test in this file."""
-    assert {path.name for path in BENCHMARKS.glob("[!_]*.py")} == {"overhead.py", "scaling.py"}
+    programs = {path.name for path in BENCHMARKS.glob("[!_]*.py")}
+
+    assert programs == {"overhead.py", "scaling.py", "spectral.py"}

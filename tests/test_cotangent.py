@@ -247,6 +247,38 @@ def test_no_gradient_flows_into_the_limit():
 # ------------------------------------------------------------------------------- derivatives
 
 
+TRACES = {
+    "jit": jax.jit,
+    "vmap": lambda f: lambda gamma: jax.vmap(f)(gamma[None]),
+    "grad": jax.grad,
+    "scan": lambda f: lambda gamma: jax.lax.scan(lambda c, g: (c, f(g)), 0, gamma[None])[1],
+    "checkpoint": jax.checkpoint,
+}
+
+
+@pytest.mark.parametrize("trace", TRACES)
+def test_numbers_in_a_scale_are_known(trace):
+    """A traced one is refused in the forward pass, whatever traces it."""
+
+    def slope(gamma):
+        clip = lambda x: clip_cotangent(x, 1.0, scale=scale.automatic(gamma))
+        return jnp.sum(backward(clip, jnp.ones(2)))
+
+    with pytest.raises(TypeError, match="scale must be a function in which no number is traced"):
+        jax.jit(TRACES[trace](slope))(jnp.float32(0.1))
+
+
+def test_known_numbers_in_a_scale_work_anywhere():
+    """A Python number, or an array that is there, is in the program of a scan or checkpoint too."""
+    for gamma in (0.1, jnp.float32(0.1)):
+        clip = functools.partial(clip_cotangent, max_norm=1.0, scale=scale.automatic(gamma))
+        step = jax.checkpoint(lambda x, _, clip=clip: (clip(x), None))
+        final = lambda x, step=step: jnp.sum(jax.lax.scan(step, x, length=2)[0])
+        found = jax.jit(jax.grad(final))(jnp.zeros(1))
+        # Of a gradient of 1, twice: n / (n + 0.1), in five float32 roundings each time.
+        np.testing.assert_allclose(found, 1 / 1.1 / (1 / 1.1 + 0.1), rtol=10 * 6e-8)
+
+
 def test_gradients_of_gradients():
     """They are those of the clipped backward pass: of c v / ||v|| with v = 3 x^2."""
     x = np.array([0.5, -1.0, 2.0], np.float32)
@@ -318,6 +350,7 @@ def test_200_time_steps_are_bounded():
     assert np.linalg.norm(free) > 1e6
     assert seen.clipped_norm.max() <= 0.5 * (1 + FLOAT32)
     # What comes into a step is that times the norm of the matrix; into the last one, all ones.
+    # In a product with 32 terms, which are rounded some 100 times.
     assert seen.norm[:-1].max() <= 0.5 * 2.0 * (1 + 1e-5)
     # dL/dW is a sum of 200 products of a state, with entries up to 1, and such a gradient.
     assert 0 < np.linalg.norm(found) <= 200 * 0.5 * 2.0 * math.sqrt(32)
@@ -350,6 +383,7 @@ def test_recomputation_changes_nothing():
     plain = lambda function: function
     expected = grad(plain, plain)
     for found in (grad(jax.checkpoint, plain), grad(plain, jax.checkpoint)):
+        # XLA may add in another order, in 20 steps of 32 terms each.
         trees.assert_close(found, expected, 1e-5, atol=1e-5)
 
 
@@ -437,6 +471,50 @@ def test_a_bad_step_does_not_spoil_the_sums(policy):
     _, seen = probed(function, [good, jnp.array([NAN, 0.0]), 2 * good])
 
     assert tuple(map(float, seen)) == pytest.approx((15, 2, 2, 3, 2, 1), rel=FLOAT32)
+
+
+MEANS = {
+    "whole tree, sanitize": (None, "sanitize", jnp.array([NAN, 3.0])),
+    "tokens, zero": (TOKENS, "zero", jnp.array([[NAN, 0.0], [7.0, 0.0]])),
+    "tokens, propagate": (TOKENS, "propagate", jnp.array([[INF, 0.0], [7.0, 0.0]])),
+}
+
+
+@pytest.mark.parametrize("case", MEANS)
+def test_the_mean_norm_is_of_finite_calls(case):
+    """Where something of a call is left by the policy, it is in none of the sums of norms."""
+    rule, policy, bad = MEANS[case]
+    clip = functools.partial(clip_cotangent, measure=rule, nonfinite=policy)
+
+    _, seen = probed(
+        lambda x, probe: [clip(g, 1.0, probe=probe) for g in x], [bad, jnp.array([[0.0, 4.0]])]
+    )
+
+    assert (seen.calls, seen.nonfinite_calls) == (2, 1)
+    mean = seen.norm / (seen.calls - seen.nonfinite_calls)
+    np.testing.assert_allclose((mean, seen.clipped_norm), (4, 1), rtol=FLOAT32)
+
+
+def test_a_float64_norm_beyond_float32_is_not_finite():
+    """In a probe, which is float32; the gradient is clipped as it should be."""
+    with jax.enable_x64(True):
+        grads = jnp.array([1e60, 0.0])
+        found, seen = probed(lambda x, probe: clip_cotangent(x, 1.0, probe=probe), grads)
+        np.testing.assert_allclose(found, [1, 0], rtol=1e-15)
+    assert (seen.norm, seen.calls, seen.nonfinite_calls) == (0, 1, 1)
+
+
+def test_a_tree_that_is_shared_by_examples_is_one_clip():
+    """Under vmap, the gradients of what it does not map are added up first."""
+    grads = jnp.array([[3.0, 0.0], [0.0, 4.0]])
+
+    def function(w, probe):
+        return jax.vmap(lambda _: clip_cotangent(w, 1.0, probe=probe))(jnp.zeros(2))
+
+    found, seen = jax.vjp(function, jnp.zeros(2), cotangent_probe())[1](grads)
+
+    np.testing.assert_allclose(found, [0.6, 0.8], rtol=FLOAT32)
+    assert (seen.norm, seen.calls) == (5, 1)
 
 
 def test_a_probe_adds_up_over_examples():
@@ -533,6 +611,17 @@ def test_bad_tokens_shield_no_large_one(policy):
         "sanitize": [[0, 0], [0, 1], [0, 1], [0, 0]],
     }
     np.testing.assert_array_equal(found, expected[policy])
+
+
+def test_what_is_left_of_a_bad_token_shields_no_large_one():
+    """Under "sanitize", the largest of the finite ones is dropped, not the larger remainder."""
+    grads = jnp.array([[NAN, 100.0], [5.0, 0.0], [1.0, 1.0]])
+
+    drop = lambda x, probe: drop_largest_cotangents(x, 1, nonfinite="sanitize", probe=probe)
+    found, seen = probed(drop, grads)
+
+    np.testing.assert_array_equal(found, [[0, 100], [0, 0], [1, 1]])
+    assert tuple(map(float, seen)) == pytest.approx((0, 0, 1 / 3, 1, 1, 1), rel=FLOAT32)
 
 
 def test_a_probe_of_dropped_tokens():
@@ -643,6 +732,56 @@ def test_tokens_inside_shard_map():
         mapped(lambda g: dropped(g, 2))
 
 
+def test_examples_inside_shard_map():
+    """With `axis_name=()`, those that each device maps have norms of their own.
+
+    A probe counts those at one place on all devices as one call, with the largest norm.
+    """
+    grads = trees.normal(8, 5)
+    whole = measures.global_norm(axis_name=())
+
+    def function(x, probe):
+        return jax.vmap(lambda x: clip_cotangent(x, 0.5, measure=whole, probe=probe))(x)
+
+    mapped = jax.shard_map(
+        functools.partial(probed, function),
+        mesh=mesh_of(AxisType.Auto),
+        in_specs=(P("x"), P()),
+        out_specs=(P("x"), P()),
+    )
+    found, seen = jax.jit(mapped)(grads, cotangent_probe())
+
+    trees.assert_close(found, probed(function, grads)[0], FLOAT32)
+    sizes = norm(trees.float64(grads), axis=1).reshape(4, 2)  # devices, places
+    assert seen.calls == 2
+    np.testing.assert_allclose(seen.norm, sizes.max(0).sum(), rtol=FLOAT32)
+
+
+def test_a_probe_where_nothing_is_tracked():
+    """With check_vma=False, it is of the device's own clip, and added up from outside."""
+    grads = trees.normal(8, 6)
+    whole = measures.unit_norm(axis=-1, axis_name=())
+    function = lambda x, probe: clip_cotangent(x, 0.5, measure=whole, probe=probe)
+    over = functools.partial(
+        jax.shard_map, mesh=jax.make_mesh((4,), ("x",), (AxisType.Auto,)), check_vma=False
+    )
+
+    def inside(g):
+        return jax.tree.map(lambda x: x.reshape(1), probed(function, g)[1])
+
+    def loss(x, probe, g):
+        return jax.lax.psum(jnp.vdot(function(x, probe), g), "x")
+
+    own = jax.jit(over(inside, in_specs=P("x"), out_specs=P("x")))(grads)
+    from_outside = jax.grad(over(loss, in_specs=(P("x"), P(), P("x")), out_specs=P()), argnums=1)
+    seen = jax.jit(from_outside)(jnp.zeros_like(grads), cotangent_probe(), grads)
+
+    sizes = norm(trees.float64(grads), axis=1).reshape(4, 2)
+    np.testing.assert_allclose(own.norm, sizes.max(1), rtol=FLOAT32)
+    assert own.calls.tolist() == [1] * 4
+    assert seen.calls == 4
+
+
 def test_a_probe_per_device():
     """A probe that is split over devices has the metrics of the whole on each."""
     grads = trees.normal(8, 6)
@@ -716,6 +855,15 @@ def test_a_probe_is_a_probe(function):
             TypeError, match=r"probe must be a CotangentMetrics, such as cotangent_"
         ):
             function(jnp.ones(2), probe=bad)
+    for bad, shown in (
+        (jnp.zeros(3), "ShapeDtypeStruct(shape=(3,), dtype=float32)"),
+        (jnp.zeros((), jnp.bfloat16), "ShapeDtypeStruct(shape=(), dtype=bfloat16)"),
+    ):
+        probe = cotangent_probe()._replace(calls=bad)
+        message = (
+            f"probe.calls must be a () array of float32, as cotangent_probe() has it; got {shown}"
+        )
+        refuses(lambda probe=probe: function(jnp.ones(2), probe=probe), ValueError, message)
 
 
 def test_what_has_no_meaning_here():

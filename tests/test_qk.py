@@ -3,6 +3,7 @@
 Logits are computed with the layers of Flax where it has them, in float32.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -26,6 +27,8 @@ GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden" / "qk_clip.json").
     "cases"
 ]
 FLOAT32 = 2e-6  # some dozen roundings, of 6e-8 each
+LOGITS = 1e-5  # sums of 5 and 6 products three times, in which a digit cancels: some 100 roundings
+EQUAL = 1e-7  # of the same operations in another program, in which one may be rounded otherwise
 NAN, INF = math.nan, math.inf
 MOST = jnp.max(jnp.array(GOLDEN["max_logits_batch_heads"]), 0)  # (100, 100, 200, 400)
 
@@ -136,7 +139,7 @@ def test_logits_of_flax_are_within_the_limit(limit):
 
     after = largest(flax_logits(qk_clip(params, before, limit=limit), x))
 
-    np.testing.assert_allclose(after, np.minimum(before, limit), 1e-5)
+    np.testing.assert_allclose(after, np.minimum(before, limit), LOGITS)
     assert (after == before).all() == (limit == 100.0)
 
 
@@ -171,7 +174,7 @@ def test_logits_of_groups_are_within_the_limit(key_heads, alpha):
     groups = np.repeat(np.max(before.reshape(key_heads, -1), 1), 4 // key_heads)
     gamma = np.minimum(1, limit / groups)
     assert gamma.min() < 1
-    np.testing.assert_allclose(largest(logits(clipped)), before * gamma, 1e-5)
+    np.testing.assert_allclose(largest(logits(clipped)), before * gamma, LOGITS)
     if alpha == 1:
         assert_same_bits(clipped["key"], params["key"])
     if alpha == 0:
@@ -203,7 +206,7 @@ def test_logits_of_latent_attention_are_within_the_limit():
 
     assert (largest(before) > limit).all()
     gamma = (limit / largest(before)).reshape(1, 4, 1, 1)
-    np.testing.assert_allclose(after, before * gamma, rtol=0, atol=1e-5 * float(jnp.max(before)))
+    np.testing.assert_allclose(after, before * gamma, rtol=0, atol=LOGITS * float(jnp.max(before)))
 
 
 def test_training_keeps_logits_down():
@@ -225,7 +228,7 @@ def test_training_keeps_logits_down():
         *free, wild = step(*free, 1e30)
         *held, seen = step(*held, 2.0)
     assert wild.max() > 50
-    assert largest(flax_logits(held[0], x)).max() <= 2 * (1 + 1e-5)
+    assert largest(flax_logits(held[0], x)).max() <= 2 * (1 + LOGITS)
     assert seen.max() < 4
 
 
@@ -280,6 +283,26 @@ def test_a_bad_traced_limit_changes_nothing(limit):
     assert_same_bits(clip(jnp.float32(limit)), params)
 
 
+@pytest.mark.parametrize("alpha", [NAN, -0.5, 1.5, INF])
+def test_a_bad_traced_alpha_changes_nothing(alpha):
+    """A traced power that is none writes no NaN and makes no weight larger."""
+    params = heads()
+    clip = jax.jit(lambda alpha: qk_clip(params, MOST, layout=gqa(alpha=alpha)))
+
+    assert_same_bits(clip(jnp.float32(alpha)), params)
+    assert_close(clip(jnp.float32(0.5)), qk_clip(params, MOST), FLOAT32)
+
+
+@pytest.mark.parametrize("limit", [INF, np.float32(INF), 3e38])
+def test_limit_inf_is_off(limit):
+    """A limit of inf, as one that is large, leaves the weights alone, and derivatives finite."""
+    params = heads()
+    assert_same_bits(qk_clip(params, MOST, limit=limit), params)
+
+    total = lambda seen: jnp.sum(qk_clip(params, seen, limit=limit)["key"]["bias"])
+    assert not np.any(jax.grad(total)(MOST))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float8_e4m3fn"])
 def test_weights_that_stay_keep_every_bit(dtype):
     """NaN, -0.0 and subnormal weights of a head with gamma = 1 are kept, and dtypes always."""
@@ -311,7 +334,7 @@ def test_stacked_layers_have_logits_of_their_own():
     clipped = qk_clip(stacked, seen)
 
     each = [qk_clip(layer, m) for layer, m in zip(layers, seen, strict=True)]
-    assert_close(clipped, jax.tree.map(lambda *x: jnp.stack(x), *each), 1e-7)
+    assert_close(clipped, jax.tree.map(lambda *x: jnp.stack(x), *each), EQUAL)
 
 
 def test_axes_may_be_anywhere():
@@ -328,11 +351,11 @@ def test_axes_may_be_anywhere():
         for name in part:
             for i in range(2):
                 found = jnp.moveaxis(clipped[name][kind], 1, 0)[i]
-                assert_close(found, expected[i][name][kind], 1e-7)
+                assert_close(found, expected[i][name][kind], EQUAL)
 
     front = {name: jnp.moveaxis(params[name]["kernel"], 1, 0) for name in ("query", "key")}
     clipped = qk_clip(front, MOST, layout=gqa(axis=0))
-    assert_close(jnp.moveaxis(clipped["key"], 0, 1), expected[0]["key"]["kernel"], 1e-7)
+    assert_close(jnp.moveaxis(clipped["key"], 0, 1), expected[0]["key"]["kernel"], EQUAL)
 
 
 def test_the_module_is_found_in_a_deep_tree():
@@ -347,9 +370,30 @@ def test_the_module_is_found_in_a_deep_tree():
 
     clipped = qk_clip(params, MOST, layout=layout)
 
-    assert_close(clipped["decoder"]["self"], qk_clip(attention, MOST), 1e-7)
+    assert_close(clipped["decoder"]["self"], qk_clip(attention, MOST), EQUAL)
     assert_same_bits(clipped["decoder"]["cross"], params["decoder"]["cross"])
     assert (clipped["step"], clipped["n"]) == (3, None)
+
+
+def test_a_module_may_have_its_name_twice():
+    """Of modules of one name within each other, the outer one is what the layout says."""
+    params = {
+        "attention": {
+            name: {name: {"kernel": leaves["kernel"]}, "bias": leaves["bias"]}
+            for name, leaves in heads().items()
+        }
+    }
+
+    clipped = qk_clip(params, MOST)["attention"]
+
+    root = np.sqrt(GOLDEN["gamma"])
+    for name in ("query", "key"):
+        before, after = params["attention"][name], clipped[name]
+        for found in (
+            factors(before[name]["kernel"], after[name]["kernel"]),
+            factors(before["bias"], after["bias"]),
+        ):
+            np.testing.assert_allclose(found, root, FLOAT32)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
@@ -362,8 +406,33 @@ def test_on_meshes(kind, spec):
 
     for clip in (qk_clip, jax.jit(qk_clip)):
         clipped = clip(put, MOST)
-        assert_close(clipped, qk_clip(params, MOST), 1e-7)
+        assert_close(clipped, qk_clip(params, MOST), EQUAL)
         assert clipped["key"].sharding.is_equivalent_to(put["key"].sharding, 3)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+def test_logits_may_be_split_over_heads(kind, key_heads):
+    """With max_logits and weights split over heads, set_mesh or not, values are the same."""
+    mesh = jax.make_mesh((2,), ("x",), (kind,))
+    params = heads(count=key_heads)
+    split = lambda n, *spec: NamedSharding(mesh, P(*spec) if n % 2 == 0 else P())
+    layout = {
+        name: {"kernel": split(n, None, "x"), "bias": split(n, "x")}
+        for name, n in (("query", 4), ("key", key_heads), ("value", key_heads))
+    }
+    put, seen = jax.device_put(params, layout), jax.device_put(MOST, split(4, "x"))
+    expected = qk_clip(params, MOST)
+
+    for clip in (qk_clip, jax.jit(qk_clip)):
+        for context in (contextlib.nullcontext(), jax.set_mesh(mesh)):
+            with context:
+                clipped = clip(put, seen)
+            assert_close(clipped, expected, FLOAT32)
+            same = jax.tree.map(
+                lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), clipped, layout
+            )
+            assert all(jax.tree.leaves(same))
 
 
 def test_inside_shard_map():
@@ -377,7 +446,7 @@ def test_inside_shard_map():
 
     mapped = jax.shard_map(qk_clip, mesh=mesh, in_specs=(specs, P("x")), out_specs=specs)
 
-    assert_close(mapped(*put), qk_clip(params, MOST), 1e-7)
+    assert_close(mapped(*put), qk_clip(params, MOST), EQUAL)
 
 
 def test_vmap_and_derivatives():
@@ -386,7 +455,7 @@ def test_vmap_and_derivatives():
     seen = jnp.stack([MOST, jnp.zeros(4)])
 
     many = jax.vmap(qk_clip, (None, 0))(params, seen)
-    assert_close(jax.tree.map(lambda x: x[0], many), qk_clip(params, MOST), 1e-7)
+    assert_close(jax.tree.map(lambda x: x[0], many), qk_clip(params, MOST), EQUAL)
 
     total = lambda params, seen: jnp.sum(qk_clip(params, seen)["key"])
     slope, by_logit = jax.grad(total, (0, 1))(params, MOST)
@@ -451,7 +520,7 @@ ERRORS = {
     "limit": (
         lambda: qk_clip(ONE, MOST, limit=0.0),
         ValueError,
-        "limit must be a finite number >= 1.2e-38 or a () array; got 0.0",
+        "limit must be a number from 1.2e-38 to inf or a () array; got 0.0",
     ),
     "layout": (
         lambda: qk_clip(ONE, MOST, layout="mha"),

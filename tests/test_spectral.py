@@ -77,7 +77,8 @@ def step(kind, method, nonfinite="zero"):
         tx = clip_by_spectral_norm(c, kind=kind, method=method, nonfinite=nonfinite)
         return tx.update(grads, tx.init(grads))
 
-    return jax.jit(run)
+    # Compiling takes most of the time here, and a third of it is LLVM's.
+    return jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def clip(x, c, kind="hard", method="newton_schulz"):
@@ -173,7 +174,7 @@ def test_soft_clip_is_converged():
     np.testing.assert_allclose(found, case["exact"], rtol=20 * EPS, atol=20 * EPS)
 
 
-@every
+@hard
 def test_bfloat16_is_computed_in_float32(kind, method):
     """bfloat16 errs by its own rounding of the result alone, 0.4 %, not by 1 to 6 %."""
     case = golden("spectra_soft_clip")["6x6_c1.0_ns10_bf16"]
@@ -253,7 +254,7 @@ def test_zeros_and_limits_of_0_and_inf(kind, method):
         assert not np.asarray(run(jnp.float32(c), x)[0]).any()
 
 
-@hard
+@ways(EVERY, "soft", "newton_schulz")
 def test_bad_entries(kind, method):
     """The policy decides for the matrix of a stack that has a bad entry, and for no other."""
     good = jnp.asarray([matrix(SIGMA, 6, 6, seed) for seed in range(3)], jnp.float32)
@@ -290,7 +291,7 @@ def test_derivatives_are_those_of_finite_differences(kind, method):
     np.testing.assert_allclose(both(jnp.float32(0)), [differences] * 2, rtol=2e-4)
 
 
-@every
+@hard
 def test_derivatives_are_finite_where_formulas_are_0_by_0(kind, method):
     """At zeros, equal singular values, singular values of c and of 0, derivatives are finite."""
     tx = clip_by_spectral_norm(1.0, kind=kind, method=method, record=False)
@@ -302,7 +303,7 @@ def test_derivatives_are_finite_where_formulas_are_0_by_0(kind, method):
 def test_leaves_are_matrices_stacks_and_kernels():
     """Rank 2 is a matrix, rank 3 a stack, rank 4 a kernel of (height x width x in, out)."""
     tree = {k: v for k, v in trees.floats().items() if k != "bias"}
-    updates, _ = step("hard", "newton_schulz")(jnp.float32(1), tree)
+    updates, _ = step("hard", "svd")(jnp.float32(1), tree)
     for name, x in tree.items():
         parts = x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1])
         found = updates[name].reshape(parts.shape)
@@ -339,7 +340,7 @@ def test_every_kind_of_leaf_is_accepted():
     assert shapes({**updates, "float0": 0}) == shapes({**tree, "float0": 0})
     assert 0.9 < sizes(updates["turned"])[0] <= 1 + 1e-5
     right = exact(tree["turned"], 1, "hard")
-    found, _ = step("hard", "newton_schulz")(jnp.float32(1), tree["turned"])
+    found, _ = step("hard", "svd")(jnp.float32(1), tree["turned"])
     np.testing.assert_allclose(found, right, atol=1e-5)
 
 
@@ -364,13 +365,13 @@ def test_leaves_of_one_shape_are_clipped_as_if_alone(method):
         for _ in range(2):
             y, alone = run(x if name != "turned" else x.T, alone)
         y = y if name != "turned" else y.T
-        np.testing.assert_allclose(updates[name], y, rtol=8 * EPS, atol=EPS)
+        np.testing.assert_allclose(updates[name], y, rtol=0, atol=50 * EPS)
         if unit is not None:
-            np.testing.assert_allclose(unit, alone.memory.vectors.unit[0], atol=8 * EPS)
+            np.testing.assert_allclose(unit, alone.memory.vectors.unit[0], atol=50 * EPS)
     trees.assert_same_bits(updates["small"], tree["small"])
     assert not np.asarray(updates["bad"]).any()
     assert float(oc.metrics(state)["clipped"]) == np.float32(0.6)
-    np.testing.assert_allclose(oc.metrics(state)["norm"], 7, rtol=0.02)
+    np.testing.assert_allclose(oc.metrics(state)["clipped_norm"], 1, rtol=1e-6)
 
 
 def test_metrics_say_what_it_did():
@@ -423,6 +424,16 @@ def test_power_iteration_finds_a_spike_in_a_new_direction():
     trees.assert_same_bits(updates[:20], stream[:20])
     np.testing.assert_allclose(sizes(updates[20])[0], 1, rtol=1e-5)
     trees.assert_same_bits(updates[21:], stream[21:])
+
+
+def test_bad_and_zero_steps_leave_the_vector():
+    """Power iteration begins where it was after a step that had nothing to teach."""
+    x = jnp.asarray(matrix(SIGMA, 6, 6), jnp.float32)
+    tx = clip_by_spectral_norm(1.0, method="power_iteration", record=False)
+    run = jax.jit(tx.update)
+    _, after = run(x, tx.init(x))
+    for nothing in (x.at[0, 0].set(jnp.nan), 0 * x):
+        trees.assert_same_bits(run(nothing, after)[1], after)
 
 
 def test_power_iteration_never_estimates_above_the_largest():

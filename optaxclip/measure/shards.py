@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 Names = tuple[str, ...]
 AxisName = str | Names | Callable[[str, jax.Array], str | Names | None] | None
@@ -107,6 +107,19 @@ def layout(x: jax.Array) -> Hashable | None:
 def varying(x: Any) -> Names:
     """The mapped axes along which devices hold different values, as far as JAX tracks them."""
     return tuple(sorted(jax.typeof(x).mat.varying))
+
+
+def varied(x: jax.Array, names: Iterable[str]) -> jax.Array:
+    """The same values, varying over these axes too, as a scan wants its carry from the start."""
+    more = tuple(sorted(set(names) - set(varying(x))))
+    return jax.lax.pcast(x, more, to="varying") if more else x
+
+
+def gathered(x: jax.Array) -> jax.Array:
+    """The array whole on each device of an Explicit mesh, so that any reshape of it is possible."""
+    kind = jax.typeof(x).sharding
+    split = any(axis is not None for axis in kind.spec)
+    return jax.sharding.reshard(x, NamedSharding(kind.mesh, PartitionSpec())) if split else x
 
 
 # jax.lax.pmax has no derivative, and that of floats drops NaN, see _numbers.largest.

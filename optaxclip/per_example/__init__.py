@@ -7,14 +7,14 @@ gradient is clipped first, so that none moves the average by more than max_norm 
 function                  use it when
 ========================  ========================================================================
 `clipped_value_and_grad`  there is a loss of one example: takes the place of `jax.value_and_grad`,
-                          in the memory of one microbatch of gradients
+                          in the memory of a few microbatches of gradients
 `per_example_clip`        the gradients are there, with an axis of examples
 `update_max_norm`         the limit should follow a quantile of the norms
 ========================  ========================================================================
 
 **No privacy is claimed.** There is no noise and no accounting, a bad example is visible in the
 counts, and a limit that follows the norms has learned from them. For differential privacy, use
-`jax_privacy`, whose `clipped_grad` agrees with what is here in what both do.
+`jax_privacy`, whose `clipped_grad` has the same numbers where both do the same.
 
 The examples' gradients go through the engine, so that its guarantees hold for each of them: norms
 in float32 that neither overflow nor vanish, zeros for a norm that is not finite, no NaN at 0.

@@ -13,7 +13,7 @@ import numpy as np
 
 from optaxclip import _check, scale
 from optaxclip._check import _refuse, _shown
-from optaxclip._clip import Scale, clip
+from optaxclip._clip import Scale, _is_bad, clip
 from optaxclip._numbers import part, real_dtype, widen
 from optaxclip.measure import Measure, global_norm, stacked
 from optaxclip.measure.arithmetic import in_range
@@ -54,11 +54,12 @@ def per_example_clip(
 
     Args:
       grads: a tree whose float leaves have an axis of length B, in any float dtype. Integer, bool
-        and None leaves stay as they are.
+        and None leaves stay as they are. Of no examples, the average is zero.
       max_norm: C >= 0, a number or a () array; inf turns clipping off, 0 gives zeros.
       measure: which entries of an example share a norm; None: all. With `leaf_norm()` each layer
         has the limit C; with `leaf_rms()`, C / sqrt(D) for the D parameters of the model gives a
-        layer of D_l of them the norm C sqrt(D_l / D). None that needs the parameters.
+        layer of D_l of them the norm C sqrt(D_l / D). `measure.relative`, which needs the
+        parameters, has none here: a ValueError.
       rule: norm, limit -> factor; `scale.skip` leaves outliers out.
       axis: that of the examples.
       padding: (B,) bool, examples that fill up the batch: they contribute zero and count nowhere.
@@ -85,7 +86,7 @@ def per_example_clip(
     if not is_whole(axis):
         _refuse(TypeError, "axis", axis, "an int")
     floats, whole = part(grads)
-    count = length("grads", floats, axis)
+    count = length("grads", floats, axis) if jax.tree.leaves(floats) else 0
     number = number_of(count, padding)
     floats = jax.tree.map(lambda g: jnp.moveaxis(g, axis, 0), floats)
     mean, norms = clipped_mean(floats, number, padding, **how)
@@ -158,7 +159,8 @@ def clipped_mean(
         share = 1 / jnp.maximum(number, 1).astype(real_dtype(g))
         return jnp.sum(g * share.astype(g.dtype), axis=0)  # times first: no sum overflows
 
-    (found,) = norms.values()  # all leaves have as many examples, and so are one stack
+    # All leaves have as many examples, and so are one stack; or there are none.
+    found = next(iter(norms.values()), jnp.zeros(0, jnp.float32))
     return jax.tree.map(add, clipped), found
 
 
@@ -175,12 +177,12 @@ def examples_of(
 
     def is_clipped(norm: jax.Array) -> jax.Array:
         limit = jnp.full_like(norm, max_norm)
-        limit = jnp.where(limit >= 0, limit, 0)  # as the engine takes a traced one that is bad
+        limit = jnp.where(_is_bad(limit), 0, limit)  # as the engine takes it
         ok = jnp.isfinite(norm)
         return ok & (rule(jnp.where(ok, norm, 1), limit) < 1)
 
     leaves = jax.tree.leaves(norms)
-    groups = sum(n.size // n.shape[0] for n in leaves)
+    groups = sum(math.prod(n.shape[1:]) for n in leaves)
     clipped = jnp.stack([jnp.sum(is_clipped(n), dtype=jnp.float32) for n in leaves])
     bad = [jnp.any(~jnp.isfinite(n), range(1, n.ndim)) for n in leaves]
     some = jnp.any(jnp.stack(bad), 0)

@@ -104,8 +104,7 @@ def clip_by_spectral_norm(
 
     Example:
       >>> import jax.numpy as jnp, optaxclip
-      >>> from optaxclip.spectral import clip_by_spectral_norm
-      >>> tx = clip_by_spectral_norm(1.0)
+      >>> tx = optaxclip.clip_by_spectral_norm(1.0)
       >>> grads = {"kernel": jnp.diag(jnp.array([5.0, 0.5])), "bias": jnp.array([3.0, 4.0])}
       >>> updates, state = tx.update(grads, tx.init(grads))
       >>> print(updates["kernel"].round(4), updates["bias"].round(4))
@@ -123,16 +122,16 @@ def clip_by_spectral_norm(
       ...     return jax.tree.map(scaled, updates)
       >>> tx = optax.chain(
       ...     optax.scale_by_adam(),
-      ...     clip_by_spectral_norm(10.0, kind="soft"),
+      ...     optaxclip.clip_by_spectral_norm(10.0, kind="soft"),
       ...     optax.stateless(alpha),
       ...     optax.scale_by_learning_rate(1e-3),
       ... )
 
     Reference:
-      Soft, and the recipe: SPECTRA, arXiv:2603.14315, with its c = 10; hard, by two matrix signs:
-      L. Cesista, "Fast, numerically stable, and auto-differentiable spectral clipping via
-      Newton-Schulz iteration", 2025. See :mod:`optaxclip.spectral.newton_schulz` for the form
-      used here.
+      Soft, and the recipe: X. Jiang, A. Semenov, S. U. Stich, "Enhancing LLM Training via Spectral
+      Clipping" (SPECTRA), arXiv:2603.14315. Hard, by matrix signs: F. L. Cesista, "Fast,
+      Numerically Stable, and Auto-Differentiable Spectral Clipping via Newton-Schulz Iteration",
+      2025. See :mod:`optaxclip.spectral.newton_schulz` for the form used here.
 
     Deviations from SPECTRA: converged, not cut off after 10 steps (0.5 became 0.181 after 5), in
     float32 (bfloat16 errs by 1 to 6 %), and vectors without the jump from c to 0.71 c at c.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -23,7 +24,7 @@ LEAST, MOST = 2.0**-48, 2.0**48
 
 
 class How(NamedTuple):
-    """What is done to every leaf."""
+    """What is done to every matrix."""
 
     kind: str
     method: str
@@ -34,8 +35,21 @@ def clip_leaf(
     how: How, grad: jax.Array, own: Layout, limit: jax.Array, vector: jax.Array | None
 ) -> tuple[jax.Array, Groups, jax.Array | None]:
     """The leaf after the clip, its groups, which are matrices, and the next vector."""
+    y, groups, new = _clip_stack(how, own.matrices(grad), limit, vector)
+    if vector is not None and new is not None:
+        new = where_was(new, vector)
+    return like(own.leaf(y), jax.typeof(grad).sharding.spec), groups, new
+
+
+# Leaves of one shape share a trace: an update of 12 layers of four matrices and six vectors is
+# traced and lowered in 0.5 s, not in 3. As one stack they would also compile in half of the time,
+# but on an Auto mesh their updates would lose their shardings, of which their types say nothing.
+@functools.partial(jax.jit, static_argnums=0)
+def _clip_stack(
+    how: How, given: jax.Array, limit: jax.Array, vector: jax.Array | None
+) -> tuple[jax.Array, Groups, jax.Array | None]:
+    """Matrices after the clip, one group each, and the next vectors."""
     sanitize = how.nonfinite == "sanitize"
-    given = own.matrices(grad)
     finite = jnp.all(jnp.isfinite(given), (-2, -1), keepdims=True)
     given = sanitized(given) if sanitize else given
     good = finite | sanitize
@@ -46,21 +60,20 @@ def clip_leaf(
     c = jnp.minimum(allowed * power, MOST)
     near = jnp.maximum(c, LEAST)
     scaled = x * power.astype(x.dtype)
-    y, norm, new = _clip_matrices(how, scaled, near, vector)
+    y, norm, new = _clip_near_1(how, scaled, near, vector)
     same = jnp.all(y == scaled, (-2, -1), keepdims=True) & (c >= LEAST)
     y = y * (c / near / power).astype(y.dtype)  # c / near: where the limit is smaller still
     norm = norm / power
     good &= jnp.isfinite(norm)
     bad = jnp.full_like(y, jnp.nan if how.nonfinite == "propagate" else 0)
     rounded = jnp.where(good, y, bad).astype(given.dtype)
-    updates = like(own.leaf(where(same & good, given, rounded)), jax.typeof(grad).sharding.spec)
+    updates = where(same & good, given, rounded)
     if vector is not None and new is not None:
-        learned = (good & (norm > 0))[..., 0]
-        vector = where_was(jnp.where(learned, new, vector), vector)
+        vector = jnp.where((good & (norm > 0))[..., 0], new, vector)
     return updates, _groups(how, Groups(norm, norm, limit, None, finite), allowed, good), vector
 
 
-def _clip_matrices(
+def _clip_near_1(
     how: How, x: jax.Array, c: jax.Array, vector: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Matrices near 1 after the clip, their norms before, and the next vector."""

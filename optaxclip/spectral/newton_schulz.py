@@ -15,9 +15,12 @@ Where sigma < c / 2 did not converge in O, X O^T - c I is negative all the same,
 is small stays as it is. Where sigma is so near to c that the sign did not converge, P is between 0
 and 1, and the result between sigma and c.
 
-Reference: Chen, Chow, A stable scaling of Newton-Schulz for improving the sign function computation
-of a Hermitian matrix, ANL/MCS-P5059-0114 (the scaling); Higham, Functions of Matrices, 2008,
-chapters 5 and 8 (sign and polar factor).
+That a follows from x -> a x (3 - a^2 x^2) / 2 being equal at l and at 1, on both sides of its
+maximum, which is 1.
+
+Reference: J. Chen, E. Chow, A stable scaling of Newton-Schulz for improving the sign function
+computation of a Hermitian matrix, ANL/MCS-P5059-0114 (the idea of the scaling); N. J. Higham,
+Functions of Matrices, 2008, chapter 5 (the sign and its iteration).
 """
 
 from __future__ import annotations

@@ -10,9 +10,6 @@ how far it may be below: X X^T has an eigenvalue in [rho - r, rho + r]. If that 
 it is once u has turned, sigma_max <= sqrt(rho + r). Before, u mixes vectors of several singular
 values, whose squares have mean rho and standard deviation r, and the largest is seldom above
 rho + 2 r, which is what is taken. It is no proof; sigma_max <= ||X||_F is, and always holds.
-
-Reference: Golub, Van Loan, Matrix Computations, 4th edition, sections 8.2.1 (the iteration) and
-8.1.2 (the residual).
 """
 
 from __future__ import annotations

@@ -4,8 +4,10 @@ X = U diag(sigma) V^T becomes U diag(f(sigma)) V^T, with f(sigma) = min(sigma, c
 sigma / sqrt(1 + sigma^2 / c^2), by whichever method. The derivative is the exact one, by SVD, for
 every method: finite at 0, at equal singular values and at sigma = c, and no iteration is stored.
 
-Reference: Noferini, A formula for the Frechet derivative of a generalized matrix function,
-arXiv:1604.02074, theorem 3.6 (the derivative).
+With Z = U^T dX V, its symmetric part S and its skew part K, the derivative is, in the basis of U
+and V, Q * S + R * K, entry by entry: Q_ij = (f_i - f_j) / (sigma_i - sigma_j), as of a symmetric
+matrix, and R_ij = (f_i + f_j) / (sigma_i + sigma_j), as dX = W X with skew W turns f(X) with X; and
+what of dX lies outside V is as with a column of sigma = 0, so it is times f_i / sigma_i.
 """
 
 from __future__ import annotations
