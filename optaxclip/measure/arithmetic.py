@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -148,10 +149,10 @@ def in_range(measure: Measure, grads: Tree, params: Tree) -> Tree:
     if not leaves:
         return norms
 
-    def times(powers: Tree, spread: Tree, bounded: Callable[..., Any] = lambda x: x) -> Tree:
+    def times(powers: Tree, spread: Tree, product: Callable[..., Any] = operator.mul) -> Tree:
         """The norms of the gradients times powers of two, over these."""
         seen, each = jax.tree.map(widened, grads), jax.tree.broadcast(spread, grads)
-        scaled = jax.tree.map(lambda g, p: bounded(g * p.astype(g.dtype)), seen, each)
+        scaled = jax.tree.map(lambda g, p: product(g, p.astype(g.dtype)), seen, each)
         found = measure.norms(scaled, params)
         return jax.tree.map(lambda n, p: n / p.astype(n.dtype), found, powers)
 
@@ -169,8 +170,8 @@ def in_range(measure: Measure, grads: Tree, params: Tree) -> Tree:
         # Hidden from XLA, which would make (x * power) * (x * power) into (x * x) * power^2.
         hidden = jax.lax.optimization_barrier(jnp.float32(power))
         powers = jax.tree.map(lambda norm: hidden, norms)
-        bounded = _saturated if power == LIFT else lambda x: x
-        other = jax.lax.cond(some(is_such), lambda: times(powers, hidden, bounded), lambda: norms)
+        product = _lifted if power == LIFT else operator.mul
+        other = jax.lax.cond(some(is_such), lambda: times(powers, hidden, product), lambda: norms)
         chosen = lambda norm, old, new: jnp.where(is_such(norm), new, old)
         return jax.tree.map(chosen, norms, found, other)
 
@@ -181,15 +182,21 @@ def in_range(measure: Measure, grads: Tree, params: Tree) -> Tree:
     return jax.lax.cond(some(lambda n: _is_small(n) | _is_large(n)), look_again, lambda: norms)
 
 
-def _saturated(x: jax.Array) -> jax.Array:
-    """No larger than what has a square, as what is looked at is.
+@jax.custom_jvp
+def _lifted(g: jax.Array, power: jax.Array) -> jax.Array:
+    """The product, where groups that are not looked at may become inf: with derivative 0 there.
 
-    Groups that are not, and would become inf, would have a derivative of NaN in place of 0.
+    Their squares, which nobody takes, would make NaN of 0.
     """
-    if jnp.iscomplexobj(x):
-        return jax.lax.complex(_saturated(jnp.real(x)), _saturated(jnp.imag(x)))
-    most = float(jnp.finfo(x.dtype).max) ** 0.5
-    return jnp.clip(x, -most, most)
+    return g * power
+
+
+@_lifted.defjvp
+def _lifted_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    value, moved = _lifted(*primals), tangents[0] * primals[1]
+    return value, jnp.where(jnp.isfinite(value), moved, jnp.zeros_like(moved))
 
 
 def _power(norm: jax.Array) -> jax.Array:
