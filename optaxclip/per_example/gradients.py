@@ -39,7 +39,7 @@ def clipped_value_and_grad(
     The function that is returned takes the arguments of `fun`, those of `batch_argnums` with an
     axis of examples in front, and `padding=` as `per_example_clip` does; other keyword arguments
     go to `fun` as they are, the same for all examples. It makes the gradients of one microbatch at
-    a time; as they come, clipped and measured again, XLA:CPU holds up to four times their size.
+    a time; as they come, clipped and measured again, XLA:CPU holds three times their size.
     On a mesh, a microbatch is taken from all devices alike, if its size is a multiple of how many
     there are; where the mesh is Explicit, it must be, and JAX wants parameters that are not split
     along the axis that the examples are.
