@@ -16,14 +16,19 @@ Chain a named clipper before an optimizer, and read its metrics out of the optim
 
 Or compose one out of the rooms of the flow: `clip(measure, threshold, scale)`.
 
+To choose a limit, look first: `observe_norms` keeps a histogram of norms, `recommend_threshold`
+makes a limit of it or of a log, and `replay` shows what a clipper would have done.
+
 What is no clip of gradients by groups has a room of its own: `skipping` (whole steps), `cotangent`
 (inside the backward pass), `spectral` (singular values), `feedback` (what was clipped comes later),
 `per_example` (before the average), `qk` (attention weights) and `stable_adam` (inside Adam).
 """
 
+from . import advise as advise
 from . import cotangent as cotangent
 from . import feedback as feedback
 from . import measure as measure
+from . import observe as observe
 from . import per_example as per_example
 from . import qk as qk
 from . import scale as scale
@@ -31,11 +36,15 @@ from . import skipping as skipping
 from . import spectral as spectral
 from . import threshold as threshold
 from ._clip import clip as clip
+from .advise import recommend_threshold as recommend_threshold
+from .advise import replay as replay
 from .cotangent import clip_cotangent as clip_cotangent
 from .cotangent import cotangent_probe as cotangent_probe
 from .cotangent import drop_largest_cotangents as drop_largest_cotangents
 from .export import register_for_export as register_for_export
 from .feedback import clip_with_feedback as clip_with_feedback
+from .observe import norm_summary as norm_summary
+from .observe import observe_norms as observe_norms
 from .per_example import clipped_value_and_grad as clipped_value_and_grad
 from .per_example import per_example_clip as per_example_clip
 from .per_example import update_max_norm as update_max_norm

@@ -48,8 +48,8 @@ from streams import STEPS as LENGTH
 
 import optaxclip as oc
 
-# What takes arrays in the program: in test_cotangent.py, test_per_example.py and test_qk.py.
-APART = ("optaxclip.cotangent", "optaxclip.per_example", "optaxclip.qk")
+# What takes arrays in the program, or a log: in the tests of these rooms.
+APART = tuple(f"optaxclip.{x}" for x in ("advise", "cotangent", "observe", "per_example", "qk"))
 ROOMS = {"": oc, "measure.": oc.measure, "threshold.": oc.threshold, "scale.": oc.scale}
 PUBLIC = {
     prefix + name: value

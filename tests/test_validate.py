@@ -16,6 +16,7 @@ import optaxclip as oc
 from optaxclip import validate_state
 from optaxclip._clip import TOO_LARGE
 from optaxclip._range import Range, _of_class
+from optaxclip.observe import BINS, RECENT
 from optaxclip.record import SkipMetrics, SkipRecord, start
 from optaxclip.spectral.clip import Vectors
 from optaxclip.stable_adam import Moments, StableAdamState
@@ -76,6 +77,13 @@ SOUND = {
     "GrowthMemory": {"previous": [2.0, 3.0]},
     "History": {"values": [3.0, -2.0, 0.0], "seen": 2},
     "Metrics": METRICS,
+    "NormHistory": {
+        "bins": [0] * (BINS - 1) + [2],
+        "recent": [0.0] * (RECENT - 1) + [2.0],
+        "largest": 2.0,
+        "zeros": 0,
+        "nonfinite": 0,
+    },
     "MomentRatioMemory": {"mean": 2.0, "root": 3.0, "seen": 1},
     "Moments": {"mu": [2.0, -3.0], "nu": [4.0, 9.0], "seen": [2]},
     "QuantileMemory": {"estimate": 2.0, "seen": 1},
@@ -132,6 +140,7 @@ LAWS = [
     ("EmaRatioMemory", {"seen": [1, 0]}, "average is 0 where seen is 0"),
     ("Moments", {"nu": [4.0]}, "mu and nu have leaves of the same shapes"),
     ("Moments", {"seen": [2, 2]}, "seen has a number for each leaf"),
+    ("NormHistory", {"largest": 0.0}, "largest is 0 where all bins are, and only there"),
     ("QuantileMemory", {"seen": 0}, "estimate is 0 where seen is 0"),
     ("SecondMomentMemory", {"seen": [1, 0]}, "root is 0 where seen is 0"),
     ("MomentRatioMemory", {"seen": 0}, "mean and root are 0 where seen is 0"),

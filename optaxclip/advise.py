@@ -1,0 +1,350 @@
+"""norms --> limit: what a fixed limit should be, and whether one will do.
+
+:func:`recommend_threshold` looks at the norms of a run, logged or kept by `observe_norms`, and
+:func:`replay` shows what any clipper would have made of them. Both work on the host, afterwards.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from . import _check, observe
+from .record import Metrics, metrics
+
+Tree = Any
+
+# Norms above the limit that an advice rests on. Their number in other norms of the same kind is off
+# by half or double in one case of 400 (Poisson numbers: 20 in place of 10).
+ABOVE = 20
+BLOCKS = 20  # parts of a run that are compared
+LATER = 10  # the advice for a run that drifts is for a further tenth of its length
+RATES = np.geomspace(0.001, 0.5, 28)  # of the curve
+NORMAL = 1.349  # quartiles of normal numbers are so many standard deviations apart
+MEDIAN = 1.2533  # a median of normal numbers scatters so much more than a mean
+
+
+class Curve(NamedTuple):
+    """Which limit clips how often."""
+
+    limits: np.ndarray  # (n,) float64, falling
+    rates: np.ndarray  # (n,) float64, share of steps that each clips, rising
+
+
+class Advice(NamedTuple):
+    """What limit to take, and what to think of it."""
+
+    limit: float  # the norm above which a share `clip_rate` of steps is
+    curve: Curve  # the same for other rates, as far as there are norms enough
+    kind: str  # steady, heavy-tailed, bursts, two regimes, drifting
+    reason: str  # one or two sentences for people
+
+
+REASONS = {
+    "steady": "The norms keep their level and have no long tail: a fixed limit fits.",
+    "heavy-tailed": "The norms keep their level, but some are many times as large: a fixed limit "
+    "fits, and what it clips, it clips hard.",
+    "bursts": "Large norms come in bursts, and between them the level is kept: a fixed limit fits; "
+    "a percentile of a short window would rise in a burst.",
+    "two regimes": "The norms have two levels: a fixed limit clips one of them nearly always or "
+    "the other one never, so take a clipper that follows the norms, such as clip_by_percentile.",
+    "drifting": "The level of the norms moves, so no fixed limit clips at this rate for long: take "
+    "a clipper that follows the norms, such as clip_by_percentile. The limit is for the near "
+    "future, a tenth as many steps as there were.",
+}
+
+
+def recommend_threshold(norms: Any, *, clip_rate: float = 0.05) -> Advice:
+    r"""Finds the limit that a given share of the coming steps will be above.
+
+    tau = exp(level + q), q: the (1 - rate)-quantile of log ||G_t|| - level_t. The level is a
+    constant, unless the medians of twenty parts of the run say otherwise: then it is a line, or
+    one through the later half if that is bent, continued to the middle of a further tenth; or after
+    a change for good, the later level.
+
+    Later norms of the same kind are above it from half to twice as often as asked if 20 norms of
+    the run are: that takes 20 / rate norms, 400 for one step in twenty, and fails in one run of
+    200. Norms that depend on those before count for less: it takes 20 bursts above the limit, or 20
+    changes between two levels, however many steps these last. Whether a level will move in another
+    way than so far, no one can know.
+
+    Args:
+      norms: (n,) the norms of a run in their order, before clipping, or an optimizer state with
+        `observe_norms` of one norm in it. A state does not know in which order the norms were, and
+        so neither bursts nor regimes; it notices that the level has moved from the 64 latest norms.
+        What is not finite or 0 is left out.
+      clip_rate: share of the steps to be clipped, > 0 and <= 0.5.
+
+    Returns:
+      An :class:`Advice`.
+
+    Raises:
+      TypeError: if `norms` is neither, or `clip_rate` is no number.
+      ValueError: if `clip_rate` is out of range, a norm is negative, there are fewer than
+        20 / clip_rate norms, or a state keeps more than one norm.
+
+    Example:
+      >>> import numpy as np
+      >>> norms = np.exp(0.3 * np.random.default_rng(0).normal(size=2000))
+      >>> advice = recommend_threshold(norms, clip_rate=0.05)
+      >>> print(f"{advice.limit:.2f}", advice.kind)
+      1.62 steady
+      >>> print(f"{np.mean(norms > advice.limit):.3f}")
+      0.050
+    """
+    _check.within(0, 0.5, clip_rate=clip_rate)
+    if clip_rate == 0:
+        raise ValueError("clip_rate must be > 0: no limit is sure never to clip; got 0")
+    rate = float(clip_rate)
+    logs, recent = _logs(norms)
+    fewest = math.ceil(ABOVE / rate)
+    if logs.size < fewest:
+        raise ValueError(
+            f"a clip_rate of {rate:g} takes {fewest} norms that are finite and above 0, "
+            f"{ABOVE} of them above the limit; got {logs.size}"
+        )
+    if recent is None:
+        kind, residuals, level = _levels(logs)
+        kind = kind or _shape(logs)
+    else:
+        kind, residuals, level = _levels_of_recent(logs, recent)
+        kind = kind or _tail(logs)
+    rates = RATES[RATES * logs.size >= min(ABOVE, rate * logs.size)]
+    curve = Curve(np.exp(level + np.quantile(residuals, 1 - rates)), rates)
+    return Advice(
+        float(np.exp(level + np.quantile(residuals, 1 - rate))), curve, kind, REASONS[kind]
+    )
+
+
+class Replay(NamedTuple):
+    """What a clipper would have done, step by step, with a norm each."""
+
+    limit: np.ndarray  # (n,) float32, inf where there was none
+    factor: np.ndarray  # (n,) float32
+    clipped_norm: np.ndarray  # (n,) float32, what the norm became
+    clipped: np.ndarray  # (n,) bool, whether the norm was finite and the factor below 1
+
+
+def replay(norms: Any, clipper: optax.GradientTransformation) -> Replay:
+    """What a clipper would have done to a run of norms.
+
+    It runs the clipper itself on a tree of one scalar that has this norm, in one `lax.scan`. The
+    norms of a run that was clipped in another way would have been other ones.
+
+    Args:
+      norms: (n,) in their order, before clipping; inf and NaN included.
+      clipper: a clip with metrics, and one norm for the whole tree that depends on all entries.
+
+    Returns:
+      A :class:`Replay` of NumPy arrays.
+
+    Raises:
+      TypeError: if an argument is not such.
+      ValueError: if a norm is negative, or `clipper` has several norms (of leaves, units, entries
+        or the parameters too), several clips or none, or no metrics.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxclip
+      >>> done = replay([0.5, 2.0, jnp.nan, 4.0], optaxclip.clip_by_global_norm(1.0))
+      >>> print(done.factor, done.clipped_norm, done.clipped)
+      [1.   0.5  0.   0.25] [0.5 1.  0.  1. ] [False  True False  True]
+    """
+    _check.instance(
+        optax.GradientTransformation, "optaxclip.clip_by_global_norm()", clipper=clipper
+    )
+    stream = _stream(norms).astype(np.float32)
+    _has_one_norm(clipper)
+    params = {"norm": jnp.ones((), jnp.float32)}
+
+    def step(state: Tree, norm: jax.Array) -> tuple[Tree, tuple[jax.Array, ...]]:
+        _, state = clipper.update({"norm": norm}, state, params)
+        now = Metrics(**metrics(state))
+        return state, (now.limit, now.factor, now.clipped_norm, now.clipped > 0)
+
+    run = jax.jit(functools.partial(jax.lax.scan, step))
+    return Replay(*map(np.asarray, run(clipper.init(params), jnp.asarray(stream))[1]))
+
+
+def _has_one_norm(clipper: optax.GradientTransformation) -> None:
+    """Refuses a clipper of which a tree of one scalar would not be a fair sample."""
+    found = []
+    for size in (3.0, 4.0):
+        grads = {"a": jnp.float32(size), "b": jnp.float32(4)}
+        params = jax.tree.map(jnp.ones_like, grads)
+        _, state = clipper.update(grads, clipper.init(params), params)
+        read = metrics(state)
+        if set(read) != set(Metrics._fields):
+            got = "no metrics" if not read else "those of " + ", ".join(read)
+            raise ValueError(f"clipper must be one clip, with record=True; got {got}")
+        found.append(float(read["norm"]))
+    if found[0] == found[1]:  # the largest of several norms does not know of the other ones
+        raise ValueError(
+            "clipper must have one norm, that of all entries of the tree, such as by "
+            "measure=measure.global_norm(); this one has several, of leaves, units or entries"
+        )
+
+
+def _stream(norms: Any, other: str = "") -> np.ndarray:
+    """The norms as float64, judged."""
+    allowed = f"norms must be a sequence of real numbers >= 0, inf and NaN included{other}"
+    try:
+        found = np.asarray(norms)
+    except ValueError:  # a ragged one
+        raise TypeError(f"{allowed}; got {type(norms).__name__}") from None
+    if not any(jnp.issubdtype(found.dtype, kind) for kind in (jnp.integer, jnp.floating)):
+        raise TypeError(f"{allowed}; got {type(norms).__name__}")
+    if found.ndim != 1:
+        raise ValueError(f"{allowed}; got an array of shape {found.shape}")
+    found = found.astype(np.float64)
+    if np.any(found < 0):
+        raise ValueError(f"{allowed}; got {found[found < 0][0]:g}")
+    return found
+
+
+def _logs(norms: Any) -> tuple[np.ndarray, np.ndarray | None]:
+    """The logarithms of what counts; of a state, as its histogram has them, and the latest."""
+    if not _holds_history(norms):
+        return _log(_stream(norms, ", or an optimizer state with observe_norms in it")), None
+    found = observe.histories(norms)
+    sizes = {place: history.largest.size for place, history in found.items()}
+    if list(sizes.values()) != [1]:
+        held = ", ".join(f"{n} at {place!r}" for place, n in sizes.items())
+        raise ValueError(f"a state of norms must keep one, that of the tree; this one has {held}")
+    (history,) = found.values()
+    total = int(history.bins.sum(dtype=np.int64))
+    percents = (np.arange(total) + 0.5) / max(total, 1) * 100
+    bins, largest = history.bins.reshape(-1), history.largest.reshape(())
+    values = observe.percentiles(bins, largest, percents)
+    return _log(values), _log(history.recent.reshape(-1).astype(np.float64))
+
+
+def _holds_history(tree: Tree) -> bool:
+    is_history = lambda x: isinstance(x, observe.NormHistory)
+    return any(map(is_history, jax.tree.leaves(tree, is_leaf=is_history)))
+
+
+def _log(norms: np.ndarray) -> np.ndarray:
+    return np.log(norms[np.isfinite(norms) & (norms > 0)])
+
+
+def _spread(logs: np.ndarray) -> float:
+    """A standard deviation, of the middle half, so that no spike moves it."""
+    low, high = np.quantile(logs, (0.25, 0.75))
+    return float(high - low) / NORMAL
+
+
+def _levels(logs: np.ndarray) -> tuple[str, np.ndarray, float]:
+    """What the level does, "" if nothing; what is left of the norms without it; what it will be."""
+    parts = np.array_split(logs, BLOCKS)
+    medians = np.array([np.median(part) for part in parts])
+    spread = float(np.median([_spread(part) for part in parts]))
+    # How much the medians of one level would scatter, and what of it is too little to matter.
+    noise = MEDIAN * spread * math.sqrt(_persistence(parts) / len(parts[-1]))
+    allowed = max(0.25 * spread, 2 * noise)
+    fits = lambda medians, levels: np.std(medians - levels) <= allowed
+    if _switches(logs) > 2:  # a change for good may look like two
+        return "two regimes", logs, 0.0
+    half = BLOCKS // 2
+    (line, slope), *halves = map(_line, (medians, medians[:half], medians[half:]))
+    # The slope of noise, over k parts, scatters by noise sqrt(12 / k^3).
+    moves = abs(slope) * BLOCKS > max(0.25 * spread, 4 * noise * math.sqrt(12 / BLOCKS))
+    bent = abs(halves[0][1] - halves[1][1]) > 3 * noise * math.sqrt(2 * 12 / half**3)
+    places = (np.arange(logs.size) + 0.5) / logs.size * BLOCKS - 0.5
+    if moves and not bent and fits(medians, line):
+        return "drifting", logs - np.interp(places, np.arange(BLOCKS), line), _ahead(medians)
+    if not moves and fits(medians, np.median(medians)):
+        return "", logs, 0.0
+    when, step = _step(medians)
+    if fits(medians, step) and abs(step[0] - step[-1]) > spread:
+        return "two regimes", _after(parts, when), 0.0
+    smooth = fits(medians[half:], halves[1][0])
+    ahead = _ahead(medians[half:]) if smooth else float(medians[-1])
+    return "drifting", logs - np.interp(places, np.arange(BLOCKS), medians), ahead
+
+
+def _levels_of_recent(logs: np.ndarray, recent: np.ndarray) -> tuple[str, np.ndarray, float]:
+    """The same where all that is known of the order is which norms came last."""
+    shift = float(np.median(recent) - np.median(logs)) if recent.size else 0.0
+    moves = abs(shift) > 4 * MEDIAN * _spread(logs) / math.sqrt(max(recent.size, 1))
+    return ("drifting", logs, shift) if moves else ("", logs, 0.0)
+
+
+def _persistence(parts: list[np.ndarray]) -> float:
+    """How many norms are worth one that depends on no other: (1 + rho) / (1 - rho)."""
+    signs = [np.sign(part - np.median(part)) for part in parts]
+    alike = np.mean([np.mean(s[1:] * s[:-1]) for s in signs])
+    # Of normal numbers, signs correlate by 2 / pi arcsin(rho), and no spike is felt in them.
+    rho = math.sin(math.pi / 2 * float(np.clip(alike, 0, 0.95)))
+    return (1 + rho) / (1 - rho)
+
+
+def _line(medians: np.ndarray) -> tuple[np.ndarray, float]:
+    """The line of Theil and Sen: the median of the slopes between all pairs."""
+    first, second = np.triu_indices(len(medians), 1)
+    slope = float(np.median((medians[second] - medians[first]) / (second - first)))
+    rise = slope * np.arange(len(medians))
+    return np.median(medians - rise) + rise, slope
+
+
+def _ahead(medians: np.ndarray) -> float:
+    """The level in the middle of a further tenth of the run."""
+    line, slope = _line(medians)
+    return float(line[-1] + slope * (0.5 + BLOCKS / LATER / 2))
+
+
+def _after(parts: list[np.ndarray], when: int) -> np.ndarray:
+    """The norms of the level after a change in one part, and those before it moved there."""
+    # A median may not tell that a few norms of its part are of the other level.
+    late = np.concatenate(parts[min(when + 2, BLOCKS - 1) :])
+    if when < 2:
+        return late
+    early = np.concatenate(parts[: when - 1])
+    return np.concatenate([early - np.median(early) + np.median(late), late])
+
+
+def _step(medians: np.ndarray) -> tuple[int, np.ndarray]:
+    """The part in which one level gives way to another, and the levels."""
+    index = np.arange(len(medians))
+    tried = [
+        np.select([index < i, index > i], [medians[:i].mean(), medians[i + 1 :].mean()], medians)
+        for i in index[1:-1]
+    ]
+    best = int(np.argmin([np.square(medians - levels).sum() for levels in tried]))
+    return best + 1, tried[best]
+
+
+def _switches(logs: np.ndarray) -> int:
+    """How often two levels change places, each with a good share of the norms; 0 if not two."""
+    low, high = np.quantile(logs, (0.1, 0.9))
+    if low == high:
+        return 0
+    for _ in range(20):
+        upper = logs > (low + high) / 2
+        low, high = np.median(logs[~upper]), np.median(logs[upper])
+    apart = high - low > 3 * max(_spread(logs[upper]), _spread(logs[~upper]))
+    if not (apart and 0.15 < upper.mean() < 0.85):
+        return 0
+    # By the majority of a few, as single norms cross over by chance.
+    few = [part.mean() > 0.5 for part in np.array_split(upper, 10 * BLOCKS)]
+    return int(np.sum(np.diff(few)))
+
+
+def _shape(logs: np.ndarray) -> str:
+    """What norms of one level are like."""
+    large = logs > np.median(logs) + 4 * _spread(logs)
+    # In no order, a large norm would be as often behind another one as elsewhere.
+    again = np.mean(large[1:][large[:-1]]) if large[:-1].sum() >= ABOVE else 0.0
+    return "bursts" if again > 0.3 + large.mean() else _tail(logs)
+
+
+def _tail(logs: np.ndarray) -> str:
+    """By Hill's index of the upper twentieth: below 4, the norms have no fourth moment."""
+    limit = np.quantile(logs, 0.95)
+    above = logs[logs > limit] - limit
+    return "heavy-tailed" if above.size and above.mean() > 1 / 4 else "steady"
