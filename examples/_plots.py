@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
 History = dict[str, np.ndarray]  # by metric, one entry per step
 
@@ -91,3 +91,4 @@ def draw_norm(axes: Axes, history: History, colour: str) -> None:
     clipped = steps[history["clipped"] > 0]
     axes.vlines(clipped, 0.0, 0.16, transform=axes.get_xaxis_transform(), color=TICK)
     axes.set(yscale="log", ylabel="norm")
+    axes.yaxis.set(minor_formatter=NullFormatter())  # where there are few decades, labels collide
