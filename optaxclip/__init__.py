@@ -37,7 +37,6 @@ from . import spectral as spectral
 from . import threshold as threshold
 from ._clip import clip as clip
 from .advise import recommend_threshold as recommend_threshold
-from .advise import replay as replay
 from .cotangent import clip_cotangent as clip_cotangent
 from .cotangent import cotangent_probe as cotangent_probe
 from .cotangent import drop_largest_cotangents as drop_largest_cotangents
@@ -52,6 +51,7 @@ from .qk import qk_clip as qk_clip
 from .record import ClipState as ClipState
 from .record import Metrics as Metrics
 from .record import metrics as metrics
+from .replaying import replay as replay
 from .skipping import skip_step as skip_step
 from .spectral import clip_by_spectral_norm as clip_by_spectral_norm
 from .stable_adam import scale_by_stable_adam as scale_by_stable_adam

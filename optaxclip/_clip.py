@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import optax
 
 from . import _check
-from ._numbers import leading, part, sanitized, where, widen
+from ._numbers import part, sanitized, where, widen
 from ._place import abstract_norms, beside
 from .measure import Measure
 from .measure.arithmetic import in_range
 from .record import ClipState, Groups, observe, start
 from .scale import rescale
 from .threshold import Clock, Threshold
+from .threshold.base import choose
 
 Tree = Any
 Scale = Callable[[jax.Array, jax.Array], jax.Array]
@@ -204,22 +205,23 @@ def _limited(
     limit, learned = threshold.update(shown, memory)
     # A hyperparameter that is traced and bad for a step must not be for ever.
     telling &= ~_is_bad(limit)
-    both = (jax.tree.leaves(m, is_leaf=_is_clock) for m in (learned, memory))
-    for new, old in zip(*both, strict=True):
-        if not _is_clock(new):  # a threshold of one's own may begin with inf
-            telling &= jnp.all(jnp.isfinite(new) | ~jnp.isfinite(old), range(new.ndim - norm.ndim))
+    telling &= _stays_finite(learned, memory, norm.ndim)
     # Where there is no limit yet, for lack of a past, that is no licence for such a norm.
     limit = jnp.where((size >= TOO_LARGE) & (limit >= TOO_LARGE), 0, limit)
     # A float64 norm is not above a limit for what rounding it took away.
     wide = limit.astype(norm.dtype)
     wide = jnp.where(size <= limit, jnp.maximum(wide, norm), wide)
+    return wide, choose(telling, learned, memory)
 
-    def kept(new: Any, old: Any) -> Any:
-        if _is_clock(new):
-            return new
-        return jnp.where(leading(telling, new), new.astype(old.dtype), old)
 
-    return wide, jax.tree.map(kept, learned, memory, is_leaf=_is_clock)
+def _stays_finite(learned: Tree, memory: Tree, ndim: int) -> jax.Array:
+    """Group by group, whether nothing in a memory has become inf or NaN."""
+    finite = jnp.ones((), bool)
+    both = (jax.tree.leaves(m, is_leaf=_is_clock) for m in (learned, memory))
+    for new, old in zip(*both, strict=True):
+        if not _is_clock(new):  # a threshold of one's own may begin with inf
+            finite &= jnp.all(jnp.isfinite(new) | ~jnp.isfinite(old), range(new.ndim - ndim))
+    return finite
 
 
 def _is_bad(limit: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ._clip import TOO_LARGE, _apart, _blank, _is_clock, _limited
+from ._clip import TOO_LARGE, _apart, _blank, _limited, _stays_finite
 from ._numbers import as_like
 from ._place import abstract_norms, beside
 from ._range import Steps
@@ -25,7 +25,7 @@ from .measure.arithmetic import in_range
 from .measure.shards import _is_tracked
 from .record import SkipMetrics, SkipRecord, _increment_if, _most
 from .threshold import Threshold
-from .threshold.relearning import _choose
+from .threshold.base import choose
 
 Tree = Any
 
@@ -133,18 +133,15 @@ def _loss_limited(
     """As `_limited` does for norms, but 0 and less are losses like others."""
     limit, learned = rule.update(jnp.where(finite, loss, 0), memory)
     telling = finite & (jnp.abs(loss) < TOO_LARGE) & ~jnp.isnan(limit)
-    both = (jax.tree.leaves(tree, is_leaf=_is_clock) for tree in (learned, memory))
-    for new, old in zip(*both, strict=True):
-        if not _is_clock(new):
-            telling &= jnp.all(jnp.isfinite(new) | ~jnp.isfinite(old))
-    return limit, _choose(telling, learned, memory)
+    telling &= _stays_finite(learned, memory, loss.ndim)
+    return limit, choose(telling, learned, memory)
 
 
 def _after(group: _Group, verdict: _Verdict, *, learns_all: bool) -> Tree:
     """The memory after the step."""
     enters = jnp.ones_like(verdict.skip) if learns_all else ~verdict.skip
-    kept = _choose(enters, group.learned, group.before)
-    return _choose(~(verdict.gives_way & group.above), kept, group.blank)
+    kept = choose(enters, group.learned, group.before)
+    return choose(~(verdict.gives_way & group.above), kept, group.blank)
 
 
 def _anywhere(flags: list[jax.Array]) -> jax.Array:

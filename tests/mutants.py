@@ -68,9 +68,9 @@ FAULTS = {
         "test_mesh.py -k nan",
     ),
     "feed NaN into memory": Fault(
-        "_clip.py",
-        "return jnp.where(leading(telling, new), new.astype(old.dtype), old)",
-        "return new.astype(old.dtype)",
+        "threshold/base.py",
+        "return jnp.where(leading(mask, y), x.astype(y.dtype), y)",
+        "return x.astype(y.dtype)",
         "test_adaptive.py -k 'bad_step and clip_by_ema_ratio'",
     ),
     "learn a norm of zero": Fault(

@@ -9,8 +9,9 @@ import optax
 import pytest
 
 import optaxclip as oc
-from optaxclip.advise import ABOVE, LATER, recommend_threshold, replay
+from optaxclip.advise import ABOVE, LATER, recommend_threshold
 from optaxclip.observe import NormHistory, observe_norms
+from optaxclip.replaying import replay
 
 NAN, INF = np.nan, np.inf
 SEEDS = 100

@@ -49,7 +49,9 @@ from streams import STEPS as LENGTH
 import optaxclip as oc
 
 # What takes arrays in the program, or a log: in the tests of these rooms.
-APART = tuple(f"optaxclip.{x}" for x in ("advise", "cotangent", "observe", "per_example", "qk"))
+APART = tuple(
+    f"optaxclip.{x}" for x in ("advise", "cotangent", "observe", "per_example", "qk", "replaying")
+)
 ROOMS = {"": oc, "measure.": oc.measure, "threshold.": oc.threshold, "scale.": oc.scale}
 PUBLIC = {
     prefix + name: value

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optaxclip._numbers import leading
 from optaxclip._range import Steps
 
 Memory = Any
@@ -41,3 +42,14 @@ def started() -> Clock:
 def ticked(clock: Clock) -> Clock:
     """The clock one step later."""
     return Clock(optax.safe_increment(clock.step))
+
+
+def choose(mask: jax.Array, new: Memory, old: Memory) -> Memory:
+    """The one memory where the mask holds, the other elsewhere; a clock of the new one runs on."""
+
+    def chosen(x: Any, y: Any) -> Any:
+        if isinstance(x, Clock):
+            return x
+        return jnp.where(leading(mask, y), x.astype(y.dtype), y)
+
+    return jax.tree.map(chosen, new, old, is_leaf=lambda x: isinstance(x, Clock))

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip import _check
-from optaxclip._numbers import as_like, leading
+from optaxclip._numbers import as_like
 from optaxclip._range import Count
 
-from .base import Clock, Memory, Threshold, zeros_for
+from .base import Memory, Threshold, choose, zeros_for
 
 
 class RelearningMemory(NamedTuple):
@@ -68,19 +68,8 @@ def relearning(threshold: Threshold, *, patience: float | jax.Array = 25) -> Thr
         over = norm > limit
         length = jnp.where(over, memory.length + 1, 0)
         level = length >= as_like(patience, length)
-        everything = _choose(level, run, everything)
-        run = _choose(over & ~level, run, threshold.init(norm))
+        everything = choose(level, run, everything)
+        run = choose(over & ~level, run, threshold.init(norm))
         return limit, RelearningMemory(everything, run, jnp.where(level, 0, length))
 
     return Threshold(init, update)
-
-
-def _choose(mask: jax.Array, new: Memory, old: Memory) -> Memory:
-    """The one memory where the mask holds, the other elsewhere; a clock of the new one runs on."""
-
-    def chosen(x: Any, y: Any) -> Any:
-        if isinstance(x, Clock):
-            return x
-        return jnp.where(leading(mask, y), x, y)
-
-    return jax.tree.map(chosen, new, old, is_leaf=lambda x: isinstance(x, Clock))
