@@ -276,11 +276,11 @@ def _names(paths: list[tuple[Any, ...]]) -> list[str]:
     short = [tuple(key for key in path if not isinstance(key, attribute)) for path in paths]
     # A name is no start of another one, as that of a skip_step would be of those in its chain.
     within = any(b[: len(a)] == a for a, b in itertools.permutations(short, 2))
-    chosen = _in_full(paths if within else short)
+    chosen = _from_where_they_part(paths if within else short)
     return [jax.tree_util.keystr(p, simple=True, separator="/") + "/" for p in chosen]
 
 
-def _in_full(paths: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+def _from_where_they_part(paths: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     """The paths from where they part."""
     while len({path[:1] for path in paths}) == 1:
         paths = [path[1:] for path in paths]
