@@ -12,7 +12,7 @@ BIN := .venv/bin
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test suite proof matrix fuzz mutants bench lint format clean
+.PHONY: help venv demo test suite proof matrix fuzz mutants bench docs lint format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
@@ -58,6 +58,9 @@ mutants: venv ## break the package on purpose, one fault after the other: tests 
 
 bench: venv ## time every drop-in beside Optax's own, into the results of this machine (20 minutes)
 	$(BIN)/python benchmarks/overhead.py --save $(ARGS)
+
+docs: venv ## the API reference, out of the docstrings, into out/docs
+	$(BIN)/python docs/build.py $(ARGS)
 
 lint: venv ## check style, formatting and types
 	$(BIN)/ruff check .

@@ -111,6 +111,7 @@ DEFAULTS = [
     ours("clip_by_norm", optaxclip.clip_by_norm),
     ours("clip_by_average_norm", lambda: optaxclip.clip_by_average_norm(1e-6)),
     ours("clip_by_percentile", optaxclip.clip_by_percentile),
+    ours("auto_clip", optaxclip.auto_clip),
     ours("autoclip", optaxclip.autoclip),
     ours("clip_by_quantile", optaxclip.clip_by_quantile),
     ours("zclip", optaxclip.zclip),

@@ -27,6 +27,7 @@ What is no clip of gradients by groups has a room of its own: `skipping` (whole 
 from . import advise as advise
 from . import cotangent as cotangent
 from . import feedback as feedback
+from . import lint as lint
 from . import measure as measure
 from . import observe as observe
 from . import per_example as per_example
@@ -42,6 +43,8 @@ from .cotangent import cotangent_probe as cotangent_probe
 from .cotangent import drop_largest_cotangents as drop_largest_cotangents
 from .export import register_for_export as register_for_export
 from .feedback import clip_with_feedback as clip_with_feedback
+from .lint import Finding as Finding
+from .lint import diagnose as diagnose
 from .observe import norm_summary as norm_summary
 from .observe import observe_norms as observe_norms
 from .per_example import clipped_value_and_grad as clipped_value_and_grad
@@ -59,6 +62,7 @@ from .validate import Problem as Problem
 from .validate import validate_state as validate_state
 from .variants import adagc as adagc
 from .variants import adaptive_grad_clip as adaptive_grad_clip
+from .variants import auto_clip as auto_clip
 from .variants import autoclip as autoclip
 from .variants import clip_by_average_norm as clip_by_average_norm
 from .variants import clip_by_block_rms as clip_by_block_rms

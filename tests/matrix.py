@@ -76,6 +76,7 @@ CLOSURES = "a transformation is two closures, as all of Optax's are"
 SPECTRAL = [name for name, row in BEYOND.items() if row.groups == "matrix"]
 SCHEDULED = [*LEARNING, "clippy"]
 SCHEDULED.remove("scale_by_stable_adam")
+SCHEDULED.remove("auto_clip")  # whose first number is a limit
 
 SECTIONS = {
     "transformations": [

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 import trees
+from roster import uncapped
 
 import optaxclip as oc
 
@@ -38,6 +39,12 @@ class Adaptive(NamedTuple):
 
 ADAPTIVE = {
     "clip_by_percentile": Adaptive(oc.clip_by_percentile),
+    "auto_clip": Adaptive(
+        uncapped,
+        warm=1,
+        rise=(65, 65),
+        why="a rise is learned once it is half of 128 norms",
+    ),
     "autoclip": Adaptive(
         oc.autoclip,
         warm=1,

@@ -18,6 +18,7 @@ TREE, LEAF = measure.global_norm(), measure.leaf_norm()
 # The defaults that the papers, or their users, have.
 DEFAULTS = {
     "clip_by_percentile": {"percentile": 95.0, "window": 1000},
+    "auto_clip": {"max_norm": 1.0},
     "autoclip": {"percentile": 10.0, "window": 1000},
     "clip_by_quantile": {"quantile": 0.9, "rate": 0.05},
     "zclip": {"z_max": 2.5, "decay": 0.97, "warmup": 25, "mode": "reciprocal", "feed": "capped"},
@@ -37,6 +38,7 @@ BOUNDS = {"min_norm": 1e3, "max_norm": 0.5}
 # For every argument, another value that must show in the updates of the stream below.
 OTHERS = {
     "clip_by_percentile": {"percentile": 50.0, "window": 30, "min_history": 5},
+    "auto_clip": {"max_norm": 0.5},
     "autoclip": {"percentile": 50.0, "window": 5, "patience": 3},
     "clip_by_quantile": {"quantile": 0.5, "rate": 0.5, "patience": 10},
     "zclip": {"z_max": 1.0, "decay": 0.5, "warmup": 5, "mode": "mean", "feed": "skip"}
@@ -55,7 +57,7 @@ OTHERS = {
 for name in ("clip_by_percentile", "autoclip", "clip_by_quantile", "zclip", "clip_by_sigma"):
     OTHERS[name] |= BOUNDS | {"measure": LEAF}
 OTHERS["clip_by_ema_ratio"] |= BOUNDS
-for name in OTHERS.keys() - {"scale_by_stable_adam"}:
+for name in OTHERS.keys() - {"scale_by_stable_adam", "auto_clip"}:
     OTHERS[name].setdefault("measure", TREE)
 for values in OTHERS.values():
     values["nonfinite"] = "propagate"
@@ -142,7 +144,9 @@ def test_impatience_does_not_leave_a_new_level_without_a_limit():
         assert float(out[75, 0]) < 100
 
 
-@pytest.mark.parametrize("name", sorted(set(DEFAULTS) - {"clippy", "stabilize_gradients"}))
+@pytest.mark.parametrize(
+    "name", sorted(set(DEFAULTS) - {"auto_clip", "clippy", "stabilize_gradients"})
+)
 def test_a_first_norm_of_1e20_is_no_update(name):
     """Where there is no limit yet, a norm whose square overflows is dropped."""
     tx = getattr(oc, name)()

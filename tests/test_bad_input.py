@@ -50,7 +50,8 @@ import optaxclip as oc
 
 # What takes arrays in the program, or a log: in the tests of these rooms.
 APART = tuple(
-    f"optaxclip.{x}" for x in ("advise", "cotangent", "observe", "per_example", "qk", "replaying")
+    f"optaxclip.{x}"
+    for x in ("advise", "cotangent", "lint", "observe", "per_example", "qk", "replaying")
 )
 ROOMS = {"": oc, "measure.": oc.measure, "threshold.": oc.threshold, "scale.": oc.scale}
 PUBLIC = {
@@ -127,6 +128,7 @@ ELSEWHERE = {
         for name in ("clip_by_percentile", "autoclip", "clip_by_quantile")
     },
     ("threshold.relearning", "patience"): STEPS,
+    ("threshold.multiple", "ratio"): POSITIVE,
     ("skip_step", "measure"): optional(KINDS["measure"]),
     ("skip_step", "norm"): rule(" >= 0"),
     ("skip_step", "loss"): rule(""),
@@ -161,6 +163,7 @@ GIVEN = {
     "threshold.bounded": {"threshold": ONE},
     "threshold.fallback": {"threshold": OTHER, "other": ONE},
     "threshold.relearning": {"threshold": OTHER},
+    "threshold.multiple": {"threshold": OTHER, "ratio": 1.5},
     "threshold.until": {"steps": 3, "first": ONE, "then": OTHER},
 }
 JUDGED = [pair for pair in PAIRS if ELSEWHERE.get(pair, pair)]

@@ -113,6 +113,7 @@ def test_every_program_is_run_here():
     assert programs == {
         "char_lm.py",
         "fsdp.py",  # in test_fsdp.py
+        "log_metrics.py",  # in test_logging.py
         "rnn_cotangents.py",  # in test_rnn_cotangents.py
         "thresholds.py",
     }

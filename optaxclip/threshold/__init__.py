@@ -26,11 +26,11 @@ threshold        the limit is                                 it follows a lasti
                  `skip_step`: losses, too
 ===============  ===========================================  =================================
 
-Four make thresholds of thresholds: `until` switches to another one after some steps, `fallback`
-has another one while there is no limit, `bounded` keeps the limit between two bounds, and
-`relearning` forgets the past when a burst turns out to be a new level. A limit follows from past
-norms only, but for `moment_ratio`, `percentile` with `with_current`, and what `zscore` makes of a
-norm that is too large.
+Five make thresholds of thresholds: `until` switches to another one after some steps, `fallback`
+has another one while there is no limit, `bounded` keeps the limit between two bounds, `multiple`
+multiplies it, and `relearning` forgets the past when a burst turns out to be a new level. A limit
+follows from past norms only, but for `moment_ratio`, `percentile` with `with_current`, and what
+`zscore` makes of a norm that is too large.
 """
 
 from .base import Clock as Clock
@@ -41,6 +41,7 @@ from .ema_ratio import ema_ratio as ema_ratio
 from .fallback import fallback as fallback
 from .growth import growth as growth
 from .moment_ratio import moment_ratio as moment_ratio
+from .multiple import multiple as multiple
 from .outlier import outlier as outlier
 from .percentile import percentile as percentile
 from .quantile import quantile as quantile

@@ -9,6 +9,7 @@ file           the limit is
 `ratio`        a multiple of what the norm was
 `updates`      relative to each parameter, for final updates
 `normalizers`  the norm of every update: these are no clips
+`automatic`    chosen for you: 1 at first, then a statistic of a window
 =============  =================================================================================
 
 All take their threshold first and the rest by keyword, and these two:
@@ -19,6 +20,7 @@ All take their threshold first and the rest by keyword, and these two:
 See :func:`optaxclip.clip` for both, for what is guaranteed, and for the shape of the state.
 """
 
+from .automatic import auto_clip as auto_clip
 from .fixed import adaptive_grad_clip as adaptive_grad_clip
 from .fixed import clip_by_average_norm as clip_by_average_norm
 from .fixed import clip_by_block_rms as clip_by_block_rms
