@@ -17,7 +17,8 @@ Chain a named clipper before an optimizer, and read its metrics out of the optim
 Or compose one out of the rooms of the flow: `clip(measure, threshold, scale)`.
 
 To choose a limit, look first: `observe_norms` keeps a histogram of norms, `recommend_threshold`
-makes a limit of it or of a log, and `replay` shows what a clipper would have done.
+makes a limit of it or of a log, and `replay` shows what a clipper would have done. The command
+`optaxclip` does this for a file, and `plot` draws it. `diagnose` finds clips in the wrong place.
 
 What is no clip of gradients by groups has a room of its own: `skipping` (whole steps), `cotangent`
 (inside the backward pass), `spectral` (singular values), `feedback` (what was clipped comes later),
@@ -28,9 +29,11 @@ from . import advise as advise
 from . import cotangent as cotangent
 from . import feedback as feedback
 from . import lint as lint
+from . import logs as logs
 from . import measure as measure
 from . import observe as observe
 from . import per_example as per_example
+from . import plot as plot
 from . import qk as qk
 from . import scale as scale
 from . import skipping as skipping

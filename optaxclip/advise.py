@@ -7,6 +7,7 @@ host and afterwards.
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,8 @@ LATER = 10  # the advice for a run that drifts is for a further tenth of its len
 RATES = np.geomspace(0.001, 0.5, 28)  # of the curve
 NORMAL = 1.349  # quartiles of normal numbers are so many standard deviations apart
 MEDIAN = 1.2533  # a median of normal numbers scatters so much more than a mean
+DIVERGED = math.log(100)  # a rise that no training comes back from, if it lasts
+NORMAL_LOGS = np.array([NormalDist().inv_cdf((i + 0.5) / 4000) for i in range(4000)])
 
 
 class Curve(NamedTuple):
@@ -39,7 +42,7 @@ class Advice(NamedTuple):
 
     limit: float  # the norm above which a share `clip_rate` of steps is
     curve: Curve  # the same for other rates, as far as there are norms enough
-    kind: str  # steady, heavy-tailed, bursts, two regimes, drifting
+    kind: str  # steady, heavy-tailed, bursts, two regimes, drifting, diverged
     reason: str  # one or two sentences for people
 
 
@@ -50,10 +53,13 @@ REASONS = {
     "bursts": "Large norms come in bursts, and between them the level is kept: a fixed limit fits; "
     "a percentile of a short window would rise in a burst.",
     "two regimes": "The norms have two levels: a fixed limit clips one of them nearly always or "
-    "the other one never, so take a clipper that follows the norms, such as clip_by_percentile.",
+    "the other one never, so take a clipper that follows the norms, such as clip_by_percentile "
+    "with a max_norm.",
     "drifting": "The level of the norms moves, so no fixed limit clips at this rate for long: take "
-    "a clipper that follows the norms, such as clip_by_percentile. The limit is for the near "
-    "future, a tenth as many steps as there were.",
+    "a clipper that follows the norms, such as clip_by_percentile with a max_norm. The limit is "
+    "for the near future, a tenth as many steps as there were.",
+    "diverged": "The norms rose more than a hundredfold and did not come back: the run diverged. "
+    "The limit is that of the norms before, for a run that is clipped from its start.",
 }
 
 
@@ -63,7 +69,8 @@ def recommend_threshold(norms: Any, *, clip_rate: float = 0.05) -> Advice:
     tau = exp(level + q), q: the (1 - rate)-quantile of log ||G_t|| - level_t. The level is a
     constant, unless the medians of twenty parts of the run say otherwise: then it is a line, or
     one through the later half if that is bent, continued to the middle of a further tenth; or after
-    a change for good, the later level.
+    a change for good, the later level. If the later one is more than a hundred times the earlier
+    one, the run has diverged, and what counts are the norms before, however few.
 
     Later norms of the same kind are above it from half to twice as often as asked if 20 norms of
     the run are: that takes 20 / rate norms, 400 for one step in twenty, and fails in one run of
@@ -151,10 +158,22 @@ def _spread(logs: np.ndarray) -> float:
     return float(high - low) / NORMAL
 
 
+def _healthy(parts: list[np.ndarray], medians: np.ndarray) -> int:
+    """How many parts there are before the run diverged; all if it did not."""
+    for i in range(BLOCKS // 4, BLOCKS):
+        if medians[i:].min() > np.median(medians[:i]) + DIVERGED:
+            return i
+    return len(parts)
+
+
 def _levels(logs: np.ndarray) -> tuple[str, np.ndarray, float]:
     """What the level does, "" if nothing; what is left of the norms without it; what it will be."""
     parts = np.array_split(logs, BLOCKS)
     medians = np.array([np.median(part) for part in parts])
+    if (healthy := _healthy(parts, medians)) < len(parts):
+        # A median may not tell that the end of the part before is of what came.
+        _, residuals, level = _levels(np.concatenate(parts[: healthy - 1]))
+        return "diverged", residuals, level
     spread = float(np.median([_spread(part) for part in parts]))
     # How much the medians of one level would scatter, and what of it is too little to matter.
     noise = MEDIAN * spread * math.sqrt(_persistence(parts) / len(parts[-1]))
@@ -182,9 +201,15 @@ def _levels(logs: np.ndarray) -> tuple[str, np.ndarray, float]:
 
 def _levels_of_recent(logs: np.ndarray, recent: np.ndarray) -> tuple[str, np.ndarray, float]:
     """The same where all that is known of the order is which norms came last."""
-    shift = float(np.median(recent) - np.median(logs)) if recent.size else 0.0
-    moves = abs(shift) > 4 * MEDIAN * _spread(logs) / math.sqrt(max(recent.size, 1))
-    return ("drifting", logs, shift) if moves else ("", logs, 0.0)
+    level, now = np.median(logs), np.median(recent) if recent.size else np.median(logs)
+    if now - level > DIVERGED:
+        return "diverged", logs[logs < (level + now) / 2], 0.0
+    if abs(now - level) <= 4 * MEDIAN * _spread(logs) / math.sqrt(max(recent.size, 1)):
+        return "", logs, 0.0
+    # The histogram holds both levels, and what is between them. A spread of 64 logarithms without
+    # their outliers is off by a tenth, and a rate of 5 % then by 1.5 %.
+    spread = np.std(np.clip(recent, now - 3 * _spread(recent), now + 3 * _spread(recent)))
+    return "drifting", spread * NORMAL_LOGS, float(now)
 
 
 def _persistence(parts: list[np.ndarray]) -> float:
@@ -243,7 +268,7 @@ def _switches(logs: np.ndarray) -> int:
     if not (apart and 0.15 < upper.mean() < 0.85):
         return 0
     # By the majority of a few, as single norms cross over by chance.
-    few = [part.mean() > 0.5 for part in np.array_split(upper, 10 * BLOCKS)]
+    few = [part.mean() > 0.5 for part in np.array_split(upper, min(10 * BLOCKS, upper.size))]
     return int(np.sum(np.diff(few)))
 
 

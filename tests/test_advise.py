@@ -167,14 +167,69 @@ def test_from_a_state(make):
     assert set(kinds(advices)) == {"steady" if make is ordinary else "heavy-tailed"}
 
 
-def test_a_state_that_moves():
-    """The latest 64 norms show that a level has moved, and the limit moves along."""
-    norms = ordinary(np.random.default_rng(0), 4000) * np.where(np.arange(4000) < 3900, 1, 4)
+@pytest.mark.parametrize("times", [0.25, 2.0, 4.0])
+@pytest.mark.parametrize("start", [2400, 3600, 3900])
+def test_a_state_that_moves(start, times):
+    """The latest 64 norms show that a level has moved, and the limit is made of these."""
+    n, rates = 4000, (0.05, 0.1)
+    level = np.where(np.arange(n + HELD_OUT) < start, 1, times)
+    streams = [level * ordinary(np.random.default_rng(i), n + HELD_OUT) for i in range(SEEDS)]
+    states = [jax.device_get(observed()(jnp.asarray(x[:n], jnp.float32))) for x in streams]
 
-    advice = recommend_threshold(observed()(jnp.asarray(norms, jnp.float32)))
+    advices = [[recommend_threshold(s, clip_rate=rate) for rate in rates] for s in states]
 
-    assert advice.kind == "drifting"
-    assert advice.limit == pytest.approx(4 * np.exp(1.645 * SCATTER), rel=0.15)
+    ratio = np.array(
+        [
+            [np.mean(x[n:] > a.limit) / rate for a, rate in zip(row, rates, strict=True)]
+            for x, row in zip(streams, advices, strict=True)
+        ]
+    )
+    # Of 64 norms, no quantile is known better: one run in ten is outside of the twofold band.
+    assert np.mean((ratio >= 0.5) & (ratio <= 2)) >= 0.85
+    assert np.median(ratio, axis=0) == pytest.approx(1, rel=0.15)
+    assert kinds(advices) == ["drifting"] * SEEDS
+
+
+def blown_up(norms, how):
+    """Norms that do not come back from 60 % of the run on, or from 95 % on."""
+    time = np.arange(norms.size) / norms.size
+    if how == "at once":
+        return norms * np.where(time < 0.6, 1, 1e20)
+    return norms * np.exp(np.clip(time - 0.9, 0, None) * 400)
+
+
+@pytest.mark.parametrize("how", ["at once", "growing"])
+def test_a_run_that_diverges(how):
+    """The limit is that of the norms before, from a log and from a state."""
+    norms = [ordinary(np.random.default_rng(seed), 4000) for seed in range(SEEDS)]
+
+    advices = [[recommend_threshold(blown_up(x, how), clip_rate=r) for r in STEADY] for x in norms]
+
+    fresh = ordinary(np.random.default_rng(SEEDS), HELD_OUT)
+    within_twofold(advices, STEADY, lambda i, limit: np.mean(fresh > limit))
+    assert kinds(advices) == ["diverged"] * SEEDS
+    state = observed()(jnp.asarray(blown_up(norms[0], "at once"), jnp.float32))
+    advice = recommend_threshold(state)
+    assert advice.kind == "diverged"
+    assert 0.025 <= np.mean(fresh > advice.limit) <= 0.1
+
+
+def test_a_run_that_spikes_has_not_diverged():
+    """One norm of 1e20, or norms that are NaN from some step on, are no other level."""
+    norms = ordinary(np.random.default_rng(0), 1000)
+    spiked = norms * np.where(np.arange(1000) == 700, 1e20, 1)
+    for bad in (spiked, np.r_[norms[:600], [NAN] * 400]):
+        advice = recommend_threshold(bad)
+        assert advice.kind in {"steady", "heavy-tailed"}  # of which one norm may make the other
+        assert advice.limit == pytest.approx(np.exp(1.645 * SCATTER), rel=0.1)
+
+
+def test_few_norms_of_two_levels():
+    """Fewer norms than there are parts to count changes in are no warning."""
+    rng = np.random.default_rng(0)
+    for n in (40, 100, 199):
+        norms = ordinary(rng, n) * np.where(np.arange(n) // 5 % 2, 20, 1)
+        assert recommend_threshold(norms, clip_rate=0.5).limit > 0
 
 
 def test_curve():

@@ -135,8 +135,10 @@ def test_runtime_dependencies_are_jax_and_optax_only():
 
 
 def test_import_leaves_extras_alone():
-    """Importing the package imports neither Flax nor Matplotlib."""
-    program = "import sys, optaxclip; print({'flax', 'matplotlib'} & set(sys.modules))"
+    """Importing the package imports neither Flax nor Matplotlib nor TensorBoard."""
+    program = (
+        "import sys, optaxclip; print({'flax', 'matplotlib', 'tensorboard'} & set(sys.modules))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
