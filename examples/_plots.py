@@ -1,4 +1,4 @@
-"""The picture of the training: losses above, and per clipper what it measured and clipped."""
+"""The pictures of the examples."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
@@ -92,3 +93,109 @@ def draw_norm(axes: Axes, history: History, colour: str) -> None:
     axes.vlines(clipped, 0.0, 0.16, transform=axes.get_xaxis_transform(), color=TICK)
     axes.set(yscale="log", ylabel="norm")
     axes.yaxis.set(minor_formatter=NullFormatter())  # where there are few decades, labels collide
+
+
+# Colour (of Okabe and Ito's) and marker, by kind of clipper.
+LOOKS = {"fixed limit": ("#D55E00", "s"), "adaptive": ("#0072B2", "o"), "other": ("#000000", "D")}
+
+
+class Ranked(NamedTuple):
+    """One clipper in a ranking."""
+
+    name: str
+    kind: str  # a key of LOOKS
+    bits: np.ndarray  # (seeds,) validation loss in bits per character; not finite if diverged
+    rise: np.ndarray  # (seeds,) of it, over what it is to be compared with
+    changed: list[float]  # shares of the garbage, x 1000 and good steps that were changed
+
+
+def percent(x: float) -> str:
+    """0.051 as 5, less than 0.5 % but not nothing as <1, and NaN as -."""
+    if np.isnan(x):
+        return "-"
+    return "<1" if 0 < x < 0.005 else f"{100 * x:.0f}"
+
+
+def draw_ranking(rows: list[Ranked], title: str, path: Path) -> None:
+    """Writes the picture: rises on the left, on the right what was changed."""
+    figure = Figure((9.2, 1.6 + 0.29 * len(rows)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
+    draw_rises(left, rows)
+    draw_changed(right, rows)
+    left.set(yticks=range(len(rows)), yticklabels=[row.name for row in rows])
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=150)
+
+
+def draw_rises(axes: Axes, rows: list[Ranked]) -> None:
+    """A tick per seed, a line over their range, and a mark for their mean."""
+    known = set()
+    for y, row in enumerate(rows):
+        colour, marker = LOOKS[row.kind]
+        diverged = (~np.isfinite(row.bits)).sum()
+        if diverged:
+            words, place = f"{diverged} of {len(row.bits)} diverged", axes.get_yaxis_transform()
+            axes.text(0.98, y, words, ha="right", va="center", transform=place, fontsize=9)
+            continue
+        label = None if row.kind in known else row.kind
+        known.add(row.kind)
+        axes.hlines(y, row.rise.min(), row.rise.max(), color=colour, linewidth=1.5)
+        axes.plot(row.rise, [y] * len(row.rise), "|", color=colour, markersize=8)
+        axes.plot(row.rise.mean(), y, marker, color=colour, markersize=7, label=label)
+    axes.axvline(0, color="0.5", linewidth=0.8)
+    # Linear about 0, where the good ones are, and logarithmic where the others are.
+    axes.set_xscale("symlog", linthresh=0.1, linscale=1.5)
+    ticks = [-0.1, -0.05, 0, 0.05, 0.1, 0.3, 1, 3]
+    axes.set(xticks=ticks, xticklabels=[f"{tick:g}" for tick in ticks])
+    axes.set_xlabel("loss above that of clean batches, unclipped (bits per character)")
+    axes.grid(axis="y", color="0.92")
+    axes.set_axisbelow(True)
+    axes.legend(fontsize=9, loc="lower left")
+
+
+def draw_changed(axes: Axes, rows: list[Ranked]) -> None:
+    """Numbers on grey: the more was changed, the darker."""
+    shares = np.array([row.changed for row in rows])
+    axes.imshow(shares, cmap="Greys", vmin=0, vmax=2, aspect="auto")  # so that text stays readable
+    for (y, x), value in np.ndenumerate(shares):
+        axes.text(x, y, percent(value), ha="center", va="center", fontsize=9)
+    axes.set(xticks=range(3), xticklabels=("garbage", "x 1000", "good"))
+    axes.tick_params(left=False, bottom=False)
+    axes.set_xlabel("steps changed, %")
+
+
+def draw_errors(
+    rows: dict[str, np.ndarray], columns: list[str], label: str, title: str, path: Path
+) -> None:
+    """Writes a table as a picture: the more errors, the darker; the best of each row is bold.
+
+    Args:
+      rows: by name, an error in percent for each column.
+      columns: their names.
+      label: what the columns are.
+      title: of the picture.
+      path: of the PNG file.
+    """
+    errors = np.stack(list(rows.values()))
+    figure = Figure(
+        (max(1.8 + 0.9 * len(columns), 5), 1.4 + 0.36 * len(rows)), layout="constrained"
+    )
+    axes = figure.subplots()
+    axes.imshow(np.maximum(errors, 1), cmap="Greys", norm=LogNorm(1, 100), aspect="auto")
+    for (y, x), error in np.ndenumerate(errors):
+        weight = "bold" if error == errors[y].min() else "normal"
+        colour = "white" if error > 10 else "black"  # 10: the middle of the scale
+        axes.text(x, y, f"{error:.1f}", ha="center", va="center", color=colour, weight=weight)
+    axes.set(xticks=range(len(columns)), xticklabels=columns, xlabel=label)
+    axes.set(yticks=range(len(rows)), yticklabels=list(rows))
+    axes.set_title(title, fontsize=11)
+    figure.savefig(path, dpi=150)
+
+
+def draw_heat_map(axes: Axes, values: np.ndarray, norm: Normalize, words: list[list[str]]) -> None:
+    """A heat map, white to dark, with what each cell says written into it."""
+    axes.imshow(values, cmap="Blues", norm=norm, aspect="auto")
+    for (i, j), value in np.ndenumerate(values):
+        colour = "white" if norm(value) > 0.6 else "black"
+        axes.text(j, i, words[i][j], ha="center", va="center", fontsize=9, color=colour)
+    axes.tick_params(length=0)

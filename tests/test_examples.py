@@ -106,14 +106,48 @@ def test_thresholds(tmp_path):
     assert (tmp_path / "thresholds.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_spiky_lm(tmp_path):
+    """A NaN ends the unclipped run alone, and a limit below every norm changes every step."""
+    options = ("--steps", 8, "--seeds", 1, "--rate", 1, "--out", tmp_path)
+    done = run("examples/spiky_lm.py", *options, "--clippers", "none,global_norm=1e-6")
+
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[0]: line.split() for line in done.stdout.splitlines() if line.strip()}
+    # Of garbage, of x 1000 and of good batches, of which there are none.
+    assert rows["none"][1:] == ["1", "of", "1", "diverged", "0", "0", "-"]
+    assert rows["global_norm=1e-6"][-3:] == ["100", "100", "-"]
+    assert (tmp_path / "spiky_lm.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_norm_free_vision(tmp_path):
+    """A limit of 0 leaves the net as it was at any learning rate, and one of inf lets it learn."""
+    options = ("--steps", 20, "--seeds", 1, "--lrs", 0.1, 1e3, "--out", tmp_path)
+    clippers = "global_norm=0,global_norm=inf"
+    done = run("examples/norm_free_vision.py", *options, "--clippers", clippers)
+
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("global_norm")]
+    errors = {row[0]: [float(cell) for cell in row[1:3]] for row in rows}
+    assert errors["global_norm=0"][0] == errors["global_norm=0"][1] > 60
+    assert errors["global_norm=inf"][0] < 30
+    assert errors["global_norm=inf"][1] > 60
+    assert (tmp_path / "norm_free_vision.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_every_program_is_run_here():
     """A program that is added to examples needs a test in this file."""
     programs = {path.name for path in (ROOT / "examples").glob("[!_]*.py")}
 
     assert programs == {
         "char_lm.py",
+        "cliff.py",  # this one and three more in test_experiments.py
+        "exploding_rnn.py",
         "fsdp.py",  # in test_fsdp.py
         "log_metrics.py",  # in test_logging.py
         "rnn_cotangents.py",  # in test_rnn_cotangents.py
+        "norm_free_vision.py",
+        "one_page.py",
+        "spiky_lm.py",
         "thresholds.py",
+        "write_a_threshold.py",
     }
