@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +33,7 @@ MOVING = ("drifting", "two regimes")  # kinds of norms that no fixed limit fits 
 SHOWN_RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 WHOLE = "*"  # after what is not of the whole tree by default
 OTHERS_SHOWN = 4  # runs that are not read
-REPLAYED = "clip_by_global_norm,clip_by_percentile,clip_by_sigma,zclip,autoclip"
+REPLAYED = "clip_by_global_norm,auto_clip,clip_by_percentile,zclip,autoclip"
 
 VARIANTS: dict[str, Callable[..., optax.GradientTransformation]] = {
     **dict(inspect.getmembers(variants, inspect.isfunction)),
@@ -57,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for line in args.lines(args):
             sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads has read enough, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ImportError, TypeError, ValueError) as error:
         sys.stderr.write(f"optaxclip: {error}\n")
         return 2

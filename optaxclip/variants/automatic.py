@@ -16,12 +16,36 @@ from .adaptive import SHORT_WINDOW, adaptive
 def auto_clip(
     max_norm: Limit = 1.0, *, nonfinite: str = "zero", record: bool = True
 ) -> optax.GradientTransformation:
-    """Bounds the global norm by what is usual, and by 1: tau = min(c, 1.5 median(n_{t-L} ...)).
+    """Bounds the global norm by 1, and by 1.5 times what is usual: tau = min(c, 1.5 median).
 
     For who does not want to choose. From the first step on the limit is 1, the usual default of
     `clip_by_global_norm`; from the second step on it is also at most 1.5 times the median of the
     latest 128 norms, so that a run whose norms are 0.1 is not left alone with a spike of 0.9. It
-    is a line of pieces: `bounded(multiple(percentile(50), ratio=1.5), max_norm=1)`.
+    is `threshold.bounded(threshold.multiple(threshold.percentile(50), ratio=1.5), max_norm=1)`.
+
+    What it ended at, and what the best fixed limit of a sweep did, with default settings of the
+    programs in examples/:
+
+    ===================================  ============  =============  ==========================
+    program                              `auto_clip`   limit of 1     best fixed limit
+    ===================================  ============  =============  ==========================
+    char_lm, bits, lr 4, ten seeds       2.04          2.09           2.03 (0.2)
+    char_lm, bits, lr 3, four seeds      2.02          2.01           2.00 (none)
+    spiky_lm, bits                       3.110         3.110          3.109 (0.1, 0.3)
+    spiky_lm, rise, losses x 0.03        +0.005        +0.159         -0.016 (0.01)
+    norm_free_vision, errors, best lr    2.3 %         2.3 %          2.2 % (0.1)
+    exploding_rnn, runs that diverge     36 %          36 %           0 % (0.01)
+    cliff, starts that arrive, lr 0.3    93.1 %        96.7 %         96.7 % (1)
+    cliff, starts that arrive, lr 10     99.2 %        84.2 %         100 % (0.1)
+    ===================================  ============  =============  ==========================
+
+    In both language models its loss is within 1 % of that with the best fixed limit. It knows norms
+    and not the learning rate, and does not save what only a limit of 0.1 or 0.01 would:
+    norm_free_vision from a rate of 1 on, exploding_rnn from 0.3 on. And where norms are above 1
+    and harmless, its ceiling costs time: exploding_rnn at a rate of 0.003 ends at 0.0047, and at
+    0.0023 without a clip. Tried and worse: no ceiling, or one that rises by 2 % per step
+    (exploding_rnn: 48 to 55 % diverge), a higher percentile (char_lm, lr 4: 2.06 to 2.07), a limit
+    that waits for 25 norms (2.075).
 
     Args:
       max_norm: c, a number >= 0, a () array or a schedule. Where healthy norms are above 1, which
