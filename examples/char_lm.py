@@ -30,11 +30,11 @@ Most limits that adapt come too late here. They are learned from the first 10 no
 harm. Over ten seeds `quantile` and `zclip` ended at 4.18 and 4.29 on average, no clipping at 4.28.
 A fixed limit from the first step on, their argument `max_norm`, is what is missing: `zclip_capped`
 is `zclip` with it. AdaGC has one by default, for 100 steps, and was safe with all ten seeds. Its
-limits by leaves then clip every step, at a price: 2.17 where `global_norm` ends at 2.08. `auto` is a
-limit of 1 in the first step and 1.5 times the median norm from the second one on: over ten seeds it
-ended at 2.04 (2.01-2.07), and the best fixed limit that a sweep found, `global_norm=0.2`, at 2.03
-(2.01-2.04). `autoclip` and `norm_growth` have a limit from the second step on. These are not trained by default; with seeds
-0 and 1 they ended, at learning rates of 4 and of 3, at:
+limits by leaves then clip every step, at a price: 2.17 where `global_norm` ends at 2.08. `auto` is
+a limit of 1 in the first step and 1.5 times the median norm from the second one on. Over ten seeds
+it ended at 2.04 (2.01-2.07); the best fixed limit that a sweep found, `global_norm=0.2`, ended at
+2.03 (2.01-2.04). `autoclip` and `norm_growth` have a limit from the second step on. These are not
+trained by default; with seeds 0 and 1 they ended, at learning rates of 4 and of 3, at:
 
     value=0.01      2.09 (2.06-2.13)    2.09 (2.08-2.10)
     block_rms       4.04 (2.80-5.28)    2.00 (2.00-2.00)

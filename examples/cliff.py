@@ -27,8 +27,8 @@ Clipped, it is a step of 0.3, and descent goes on into the valley.
 What not to conclude: that a smaller limit is safer and so better. With a limit of 0.01, most starts
 do not get there in 1000 steps, whatever the learning rate. And at a learning rate of 10, a limit of
 1 saves no run: of those that are lost, half never see a gradient above 0.8. Limit and learning rate
-belong together. `auto_clip`, whose limit of 1 falls to 1.5 times the usual norm, is nowhere the best
-and nowhere far from it.
+belong together. `auto_clip`, whose limit of 1 falls to 1.5 times the usual norm, is at every rate
+within 7 points of the best of these.
 
 Source: Pascanu, Mikolov, Bengio, arXiv:1211.5063, section 2.3, draw this loss of this network. The
 starts and the paths are our own.
