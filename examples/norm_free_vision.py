@@ -49,6 +49,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _clippers import parse_clippers
 from _plots import draw_errors
 from flax import nnx
 from rich.box import SIMPLE_HEAD
@@ -231,19 +232,8 @@ def table(results: dict[str, np.ndarray], lrs: list[float]) -> Table:
 
 def clipper_list(text: str) -> dict[str, tuple[Callable[..., Any], float | None]]:
     """The argument of --clippers, checked: how to make each, and its threshold if it has one."""
-    found = {}
-    for label in text.split(","):
-        name, _, number = label.partition("=")
-        if name not in CLIPPERS:
-            choices = ", ".join(CLIPPERS)
-            raise argparse.ArgumentTypeError(f"no clipper {name!r}; choose from {choices}")
-        try:
-            make, threshold = CLIPPERS[name], float(number) if number else None
-            Training(make, 1).optimizer(threshold, 1.0)
-        except (TypeError, ValueError) as error:
-            raise argparse.ArgumentTypeError(f"{label}: {error}") from None
-        found[label] = make, threshold
-    return found
+    made = lambda make, threshold: Training(make, 1).optimizer(threshold, 1.0)
+    return parse_clippers(text, CLIPPERS, made)
 
 
 def arguments() -> argparse.Namespace:

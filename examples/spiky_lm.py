@@ -76,6 +76,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _clippers import parse_clippers
 from _plots import Ranked, draw_ranking, percent
 from _text import Text, read_text
 from flax import linen as nn
@@ -322,19 +323,8 @@ def spread(bits: np.ndarray) -> str:
 
 def clipper_list(text: str) -> dict[str, tuple[Maker, float | None]]:
     """The argument of --clippers, checked: how to make each, and its threshold if it has one."""
-    found = {}
-    for label in text.split(","):
-        name, _, number = label.partition("=")
-        if name not in CLIPPERS:
-            choices = ", ".join(CLIPPERS)
-            raise argparse.ArgumentTypeError(f"no clipper {name!r}; choose from {choices}")
-        try:
-            make, threshold = CLIPPERS[name], float(number) if number else None
-            Training(make, 1.0, 2).optimizer(threshold)
-        except (TypeError, ValueError) as error:
-            raise argparse.ArgumentTypeError(f"{label}: {error}") from None
-        found[label] = make, threshold
-    return found
+    made = lambda make, threshold: Training(make, 1.0, 2).optimizer(threshold)
+    return parse_clippers(text, CLIPPERS, made)
 
 
 def arguments() -> argparse.Namespace:
