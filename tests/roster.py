@@ -5,7 +5,6 @@ their pieces is the business of test_arguments.py. A variant joins by one row.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -30,11 +29,6 @@ def _learns(make, **kwargs):
     return Variant(functools.partial(make, **kwargs), memory=True)
 
 
-def uncapped(max_norm=math.inf, *, nonfinite="zero", record=True):
-    """auto_clip with what it learns alone, as the others, and no fixed limit."""
-    return oc.auto_clip(max_norm, nonfinite=nonfinite, record=record)
-
-
 EVERY = {
     "clip_by_value": Variant(oc.clip_by_value, groups="entry"),
     "clip_by_norm": Variant(oc.clip_by_norm, groups="leaf"),
@@ -47,7 +41,7 @@ EVERY = {
     "clippy": Variant(oc.clippy, groups="leaf", params=True),
     "normalize_by_global_norm": Variant(oc.normalize_by_global_norm, normalizes=True),
     "clip_by_percentile": _learns(oc.clip_by_percentile, window=8, min_history=2),
-    "auto_clip": _learns(uncapped),
+    "auto_clip": _learns(oc.auto_clip),
     "autoclip": _learns(oc.autoclip, window=8),
     "clip_by_quantile": _learns(oc.clip_by_quantile, patience=10),
     "zclip": _learns(oc.zclip, warmup=3),

@@ -33,6 +33,7 @@ LIMITED = {
     "adaptive_grad_clip": oc.adaptive_grad_clip,
     "clippy": lambda c, **options: oc.clippy(c / 2, absolute=c / 100, **options),
     "normalize_by_global_norm": oc.normalize_by_global_norm,
+    "auto_clip": oc.auto_clip,
     "adagc": lambda c, **options: EVERY["adagc"].make(max_norm=c, **options),
 }
 

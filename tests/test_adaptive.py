@@ -7,6 +7,7 @@ more than the patience.
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,7 +17,6 @@ import numpy as np
 import optax
 import pytest
 import trees
-from roster import uncapped
 
 import optaxclip as oc
 
@@ -35,6 +35,11 @@ class Adaptive(NamedTuple):
     why: str = ""  # if it does not, or learns a rise later than it should
     first_spike: str = ""  # why a spike among the first norms raises the limit for a while
     normalizes: str = ""  # why nothing is said of what it clips
+
+
+def uncapped(max_norm=math.inf, *, nonfinite="zero"):
+    """auto_clip without its fixed limit, which the others do not have either."""
+    return oc.auto_clip(max_norm, nonfinite=nonfinite)
 
 
 ADAPTIVE = {
