@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any
 import jax
 import optax
 
+from .scale import strict
 from .threshold import Threshold
 
 CLIPS = {
@@ -36,6 +38,11 @@ LIMITS = ("max_norm", "max_delta", "threshold", "clipping")  # as the arguments 
 OPTIMIZERS = {
     "trace", "ema", "normalize_by_update_norm", "normalize", "momo", "momo_adam", "prodigy",
     "dadapt_adamw",
+}  # fmt: skip
+# Called scale_by_..., but what comes out is as large as what goes in.
+KEEP_SIZE = {
+    "scale_by_schedule", "scale_by_optimistic_gradient", "scale_by_backtracking_linesearch",
+    "scale_by_zoom_linesearch", "scale_by_param_block_norm", "scale_by_param_block_rms",
 }  # fmt: skip
 SEQUENCES = {"optax.chain", "optax.named_chain"}
 WATCHERS = {"optax.monitor"}  # what its parts do, the gradients do not go through
@@ -59,7 +66,9 @@ class Stage:
     @property
     def title(self) -> str:
         """What it is, without its place."""
-        return f"the clip by {self.measure}" if self.name == "optaxclip.clip" else self.name
+        if self.name != "optaxclip.clip":
+            return self.name
+        return f"the {'clip' if self.shrinks else 'scaling'} by {self.measure}"
 
     @property
     def is_clip(self) -> bool:
@@ -69,7 +78,7 @@ class Stage:
     def is_optimizer(self) -> bool:
         """Whether what comes out says little about the size of this gradient."""
         library, _, maker = self.name.partition(".")
-        scales = maker.startswith("scale_by_") and maker != "scale_by_schedule"
+        scales = maker.startswith("scale_by_") and maker not in KEEP_SIZE
         return library in {"optax", "optaxclip"} and (scales or maker in OPTIMIZERS)
 
     @property
@@ -125,7 +134,7 @@ class Stage:
     def shrinks(self) -> bool:
         """Whether a clip makes norms smaller, as normalisers do not."""
         scale = self.held.get("scale")
-        return scale is None or getattr(scale, "__name__", "") == "rescale"
+        return scale is None or scale is strict or getattr(scale, "__name__", "") == "rescale"
 
 
 def stages(tx: Any) -> list[Stage]:
@@ -160,7 +169,9 @@ def _stages(
 def _parts(tx: Any, name: str, held: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The transformations that one is made of, and what tells them apart."""
     if name == "optax.chain" and "update_fns" in held:
-        pairs = zip(_held(tx.init).get("init_fns", ()), held["update_fns"], strict=False)
+        # A function around `init`, such as jit's, may hide those of the parts.
+        inits = _held(inspect.unwrap(tx.init)).get("init_fns", ())
+        pairs = itertools.zip_longest(inits, held["update_fns"])
         yield from ((str(i), optax.GradientTransformation(*pair)) for i, pair in enumerate(pairs))
     elif name == "optax.named_chain" and "transforms" in held:
         yield from held["transforms"]
@@ -168,16 +179,17 @@ def _parts(tx: Any, name: str, held: Mapping[str, Any]) -> Iterator[tuple[str, A
         yield from _transformations(list(held.values()))
 
 
-def _transformations(value: Any) -> Iterator[tuple[str, Any]]:
+def _transformations(value: Any, within: tuple[Any, ...] = ()) -> Iterator[tuple[str, Any]]:
     """Those in lists and dicts, with the keys of the dicts."""
     if isinstance(value, optax.GradientTransformation | optax.MultiSteps):
         yield "", value
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            yield from ((f"{key}/{rest}".strip("/"), tx) for rest, tx in _transformations(part))
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _transformations(part)
+        return
+    if not isinstance(value, dict | list | tuple) or any(value is outer for outer in within):
+        return
+    pairs = value.items() if isinstance(value, dict) else (("", part) for part in value)
+    for key, part in pairs:
+        found = _transformations(part, (*within, value))
+        yield from ((f"{key}/{rest}".strip("/"), tx) for rest, tx in found)
 
 
 def _injected(tx: Any, held: Mapping[str, Any]) -> Any:

@@ -3,7 +3,8 @@
     tx --closures--> stages, with those before and around each --rules--> findings
 
 A chain tells nobody that a clip in it comes too late. Order, nesting and limits are read here from
-how the transformation was made, not guessed from what it does, so nothing runs.
+how the transformation was made, not guessed from what it does. Nothing runs but schedules, and what
+`optax.inject_hyperparams` was given to make a transformation with.
 """
 
 from __future__ import annotations
@@ -41,13 +42,15 @@ def diagnose(tx: Any) -> list[Finding]:
     r"""Finds clips in a transformation that do not do what they look like.
 
     These are gradient clips behind an optimizer, a learning rate or weight decay; clips of updates
-    in front of an optimizer; a global norm in several parts of an `optax.partition`, or in an
-    `optax.masked`; a clip in front of `optax.MultiSteps`; limits that never bind; a `skip_step` or
+    in front of an optimizer; a global norm in several parts of an `optax.partition`, in an
+    `optax.masked`, or of what is frozen behind it; a clip in front of `optax.MultiSteps` or
+    `optax.apply_every`; limits that never bind; a `skip_step` or
     `optax.apply_if_finite` that is not around the chain; and `optax.zero_nans` behind a clip.
     Clips are those of this package and of Optax.
 
-    It reads how Optax and this package made the transformation, and runs nothing. So it does not
-    see what a function does that is neither's, nor gradients: a limit that is merely too high has
+    It reads how Optax and this package made the transformation, and runs nothing but schedules and
+    the factories in `optax.inject_hyperparams`. So it does not see what a function does that is
+    neither's, nor gradients: a limit that is merely too high has
     no finding. Whether a finding is a fault is yours to say; a clip of the momentum, for one, may
     be meant.
 
@@ -80,7 +83,7 @@ def diagnose(tx: Any) -> list[Finding]:
 
 def _late(clip: Stage, every: Sequence[Stage]) -> Iterator[Finding]:
     """A clip of gradients that come changed."""
-    if not clip.is_clip or clip.grows or clip.measure in OF_UPDATES:
+    if not (clip.is_clip and clip.shrinks) or clip.grows or clip.measure in OF_UPDATES:
         return
     optimizer = next((x for x in clip.before if x.is_optimizer), None)
     rate = next((x for x in clip.before if x.is_learning_rate), None)
@@ -117,26 +120,45 @@ def _apart(stage: Stage, every: Sequence[Stage]) -> Iterator[Finding]:
     """A global norm that is one of a part."""
     inside = [x for x in every if stage in x.around and _is_global(x)]
     if stage.name == "optax.partition":
-        label = lambda x: x.place.removeprefix(stage.place).strip("/").partition("/")[0]
-        labels = dict.fromkeys(map(label, inside))
-        if len(labels) > 1:
-            what = f"has clips by a global norm in {len(labels)} parts ({', '.join(labels)})"
-            mend = "clip once, in front, or say that it is meant with measure.by_label"
+        parts = [x for x in every if x.around[-1:] == (stage,)]
+        clipped = [x for x in parts if any(x is y or x in y.around for y in inside)]
+        if len(clipped) > 1:
+            labels = ", ".join(x.place.removeprefix(stage.place).strip("/") for x in clipped)
+            what = f"has clips by a global norm in {len(clipped)} parts ({labels})"
+            once = "once, in front, and in an optax.masked without what is frozen"
+            mend = f"clip {once if any(map(_freezes, every)) else 'once, in front'}"
+            mend += ", or say that it is meant with measure.by_label"
             yield _finding(stage, what, "each of which has a norm of its own", mend)
-    elif stage.name == "optax.masked" and not any(x.name == "optax.set_to_zero" for x in every):
+    elif stage.name == "optax.masked" and not any(map(_freezes, every)):
         for clip in inside:
             why = "so what the mask leaves out is not in the norm, and passes unclipped"
             mend = "clip outside of the mask, unless all else is frozen"
             yield _finding(clip, f"is inside of {stage}", why, mend)
 
 
+def _frozen(clip: Stage, every: Sequence[Stage]) -> Iterator[Finding]:
+    """A global norm of parameters that are frozen behind it, too."""
+    if not _is_global(clip) or any(x.name == "optax.masked" for x in clip.around):
+        return
+    frozen = [x for x in every if _freezes(x) and clip in x.before and x.around[-1:]]
+    parts = (x for x in frozen if x.around[-1].name in {"optax.partition", "optax.masked"})
+    if zero := next((x for x in parts if clip not in x.around[-1].around), None):
+        why = "so the gradients of what is frozen are in its norm"
+        mend = "put the clip into an optax.masked that leaves these out"
+        yield _finding(clip, f"comes before {zero}", why, mend)
+
+
 def _each_microbatch(clip: Stage, every: Sequence[Stage]) -> Iterator[Finding]:
     """A clip in front of MultiSteps. Inside of it is right: there it is given the mean."""
-    after = (outer for x in every if clip in x.before for outer in (*x.around, x))
+    after = [outer for x in every if clip in x.before for outer in (*x.around, x)]
+    why = "so it clips each microbatch and not their mean"
     steps = next((x for x in after if x.name == "optax.MultiSteps"), None)
     if clip.is_clip and steps and steps not in clip.around:
-        why = "so it clips each microbatch and not their mean"
         yield _finding(clip, f"comes before {steps}", why, "put the clip inside")
+    steps = next((x for x in after if x.name == "optax.apply_every"), None)
+    if clip.is_clip and steps:
+        mend = "use optax.MultiSteps, with the clip inside"
+        yield _finding(clip, f"comes before {steps}", why, mend)
 
 
 def _idle(clip: Stage, every: Sequence[Stage]) -> Iterator[Finding]:
@@ -197,16 +219,26 @@ def _spread(zero: Stage, every: Sequence[Stage]) -> Iterator[Finding]:
     if clip and clip.nonfinite == "propagate":
         why = "which makes all that shares a norm with a NaN one"
         yield _finding(zero, f"comes after {clip}", why, "put it in front of the clip")
-    elif clip and clip.nonfinite:
+    elif clip and clip.nonfinite and _sees_all_of(clip, zero):
         yield _finding(zero, f"comes after {clip}", "which leaves no NaN", "leave it out")
 
 
+def _sees_all_of(clip: Stage, zero: Stage) -> bool:
+    """Whether a clip is right in front of what zeroes NaN, and of the same leaves."""
+    own = clip.around == zero.around and clip.held.get("mask") is None
+    return own and zero.before[-1] is clip
+
+
 def _is_global(x: Stage) -> bool:
-    return x.is_clip and x.measure == "global_norm"
+    return x.is_clip and x.shrinks and x.measure == "global_norm"
+
+
+def _freezes(x: Stage) -> bool:
+    return x.name == "optax.set_to_zero"
 
 
 def _finding(stage: Stage, what: str, why: str, mend: str) -> Finding:
     return Finding(stage.place, f"{stage.title} {what}", why, mend)
 
 
-RULES = (_late, _early, _apart, _each_microbatch, _idle, _within, _spread)
+RULES = (_late, _early, _apart, _frozen, _each_microbatch, _idle, _within, _spread)
