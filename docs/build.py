@@ -13,6 +13,8 @@ import ast
 import importlib
 import inspect
 import re
+import shutil
+import tempfile
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -61,13 +63,21 @@ def build(out: Path) -> None:
         docformat="google", include_undocumented=False, show_source=False, footer_text=FOOTER
     )
     others = rf"!optaxclip\.(?!(?:{'|'.join(rooms())})$)"
-    pdoc.pdoc("optaxclip", others, output_directory=out)
-    for page in out.rglob("*.*"):
-        text = page.read_text(encoding="utf-8")
-        for private, public in NAMES.items():
-            for dot in (".", DOT):
-                text = text.replace(private.replace(".", dot), public.replace(".", dot))
-        page.write_text(text, encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:  # in `out` there may be more than these pages
+        pages = Path(folder, "pages")
+        pdoc.pdoc("optaxclip", others, output_directory=pages)
+        for page in pages.rglob("*.*"):
+            rename_types(page)
+        shutil.copytree(pages, out, dirs_exist_ok=True)
+
+
+def rename_types(page: Path) -> None:
+    """Writes types as their users do."""
+    text = page.read_text(encoding="utf-8")
+    for private, public in NAMES.items():
+        for dot in (".", DOT):
+            text = text.replace(private.replace(".", dot), public.replace(".", dot))
+    page.write_text(text, encoding="utf-8")
 
 
 def as_function(name: str, value: Any) -> Any:

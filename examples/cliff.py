@@ -128,6 +128,7 @@ def draw(args: argparse.Namespace, path: Path) -> None:
         points, losses, norms = map(np.asarray, one(args.steps, CLIPPERS[name], args.lr, start))
         style = {"color": colour, "linestyle": line, "linewidth": 1.8}
         label = f"{name}: ends at w = {points[-1, 0]:.1f}, b = {points[-1, 1]:.1f}"
+        left.plot(*points.T, color="white", linewidth=4)  # an edge, which shows on every grey
         left.plot(*points.T, **style, marker=".", markersize=4, label=label)
         left.plot(*points[-1], "X", color=colour, markersize=9, markeredgecolor="black")
         label = f"{name}: largest gradient {norms.max():.0f}"
@@ -169,7 +170,10 @@ def arguments() -> argparse.Namespace:
         help="of the picture (%(default)s)",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("out/cliff"), help="folder")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.starts < 1 or args.steps < 1:
+        parser.error("--starts and --steps must be at least 1")
+    return args
 
 
 def main() -> None:

@@ -29,9 +29,9 @@ no number, it is the default, and `percentile` and `zclip` have a `max_norm` of 
 
 What to see: clipping does allow larger learning rates. Without a clip, 88 % of the runs diverge at
 0.1 and all of them above; and at no learning rate do all train, as some stall far up. With a global
-norm of 1 all train up to 0.03, with 0.1 up to 0.3, with 0.01 up to 3. So what decides is the
-longest step, learning rate times limit: it may be 0.03. The limit of `agc`, relative to the
-weights, is the only default that never diverges.
+norm of 1 all train from 0.003 to 0.03, with 0.1 from 0.01 to 0.3, with 0.01 from 0.1 to 3. So what
+decides is the longest step, learning rate times limit: it may be 0.03. The limit of `agc`, relative
+to the weights, is the only default that never diverges.
 
 What does not help: a limit of 10, which is too large. A percentile of past norms alone, because
 the norms explode together and the limit goes with them. Under a ceiling of 1, adaptive limits are
@@ -261,7 +261,10 @@ def arguments() -> argparse.Namespace:
         help=f"out of {', '.join(CLIPPERS)}, with =number if wanted (%(default)s)",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("out/exploding_rnn"), help="folder")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if min(args.seeds, args.steps, args.time) < 1:
+        parser.error("--seeds, --steps and --time must be at least 1")
+    return args
 
 
 def main() -> None:

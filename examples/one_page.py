@@ -20,6 +20,7 @@ What not to conclude: that the rest of the package is not needed. The page leave
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from typing import Any
 
@@ -160,6 +161,7 @@ def compare(
 
 def main() -> None:
     """Compares, shows."""
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
     console, steps = Console(), 200
     out = Table("clipper", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     out.add_column("largest difference", justify="right")

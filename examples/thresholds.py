@@ -136,7 +136,7 @@ def draw(runs: list[Run], norms: np.ndarray, seed: int, path: Path) -> None:
         Line2D([], [], color=PASSED, linestyle="", marker=".", label="norm"),
         Line2D([], [], color=CLIPPED, linestyle="", marker=".", label="norm of a clipped step"),
         Line2D([], [], color=LIMIT, label="limit (gap: none)"),
-        Line2D([], [], color=OUT, label="norm that comes out"),
+        Line2D([], [], color=OUT, linestyle="--", label="norm that comes out"),
     ]
     figure.legend(handles=marks, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=175)
@@ -159,12 +159,13 @@ def draw_stream(axes: Axes, norms: np.ndarray) -> None:
 def draw_run(axes: Axes, norms: np.ndarray, one: Run) -> None:
     """The norms, the limit, and the steps that are clipped; of the normaliser, what comes out."""
     words = f"clips {one.clipped} of quiet steps\ndoubling passes after {one.waits}"
-    clipped, line, colour = one.factor < 1, one.limit, LIMIT
+    clipped, line, style = one.factor < 1, one.limit, {"color": LIMIT}
     if one.name == NORMALIZER:
         words = "no clip: any constant\nnorm comes out as 1"
-        clipped, line, colour = np.zeros(STEPS, bool), norms * one.factor, OUT
+        clipped, line = np.zeros(STEPS, bool), norms * one.factor
+        style = {"color": OUT, "linestyle": "--"}
     draw_norms(axes, norms, clipped)
-    axes.plot(line, color=colour, linewidth=1.2)
+    axes.plot(line, **style, linewidth=1.2)
     corner = {"transform": axes.transAxes, "ha": "right", "fontsize": 8.5}
     axes.text(0.97, 0.95, words, va="top", **corner)
     axes.text(0.97, 0.05, NOTES.get(one.name, ""), va="bottom", **corner)

@@ -22,6 +22,7 @@ What not to conclude: that this is a good threshold. The package has been measur
 
 from __future__ import annotations
 
+import argparse
 from typing import Any, NamedTuple
 
 import jax
@@ -96,6 +97,7 @@ def table(title: str, history: dict[str, jax.Array]) -> Table:
 
 def main() -> None:
     """Trains twice, shows."""
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
     console = Console()
     console.print(table("one limit for all", train(optaxclip.measure.global_norm())), "")
     console.print(table("a limit per leaf", train(optaxclip.measure.leaf_norm())))

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import optax
 
-from .scale import strict
+from .scale import rescale, rsqrt, skip, softsign, strict, tanh
 from .threshold import Threshold
 
 CLIPS = {
@@ -44,6 +44,7 @@ KEEP_SIZE = {
     "scale_by_schedule", "scale_by_optimistic_gradient", "scale_by_backtracking_linesearch",
     "scale_by_zoom_linesearch", "scale_by_param_block_norm", "scale_by_param_block_rms",
 }  # fmt: skip
+HARD, SOFT = (rescale, strict, skip), (softsign, rsqrt, tanh)  # scales that make clips
 SEQUENCES = {"optax.chain", "optax.named_chain"}
 WATCHERS = {"optax.monitor"}  # what its parts do, the gradients do not go through
 
@@ -131,10 +132,14 @@ class Stage:
         return self.name == "optaxclip.clip" and "growth" in _makers(self.held["threshold"].update)
 
     @property
+    def is_hard(self) -> bool:
+        """Whether a clip leaves a norm up to its limit alone."""
+        return any(self.held.get("scale", rescale) is scale for scale in HARD)
+
+    @property
     def shrinks(self) -> bool:
         """Whether a clip makes norms smaller, as normalisers do not."""
-        scale = self.held.get("scale")
-        return scale is None or scale is strict or getattr(scale, "__name__", "") == "rescale"
+        return self.is_hard or any(self.held["scale"] is scale for scale in SOFT)
 
 
 def stages(tx: Any) -> list[Stage]:

@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 from . import measure, plot, variants
-from .advise import ABOVE, Advice, recommend_threshold
+from .advise import ABOVE, Advice, promise, recommend_threshold
 from .logs import Run, read_run
 from .replaying import Replay, replay
 from .stable_adam import scale_by_stable_adam
@@ -110,6 +110,9 @@ def _condition(text: str) -> tuple[str, str]:
 
 
 def _read(args: argparse.Namespace) -> Run:
+    columns = [column for column, _ in args.where]
+    if twice := [column for column in columns if columns.count(column) > 1]:
+        raise ValueError(f"--where must name each column once; got {twice[0]!r} twice or more")
     return read_run(args.log, column=args.column, where=dict(args.where), run=args.run)
 
 
@@ -143,7 +146,7 @@ def _advise(args: argparse.Namespace) -> Iterator[str]:
     advice = recommend_threshold(run.norms, clip_rate=rate)
     yield from _about(run)
     yield f"Your threshold should be about {advice.limit:.3g}."
-    yield f"It clips {_percent(rate)} of the coming steps."
+    yield f"It {promise(advice, clip_rate=rate, steps=run.norms.size)}."
     if args.clip_rate is None and rate > CLIP_RATE:
         yield f"(For {_percent(CLIP_RATE)}, it takes {ABOVE / CLIP_RATE:.0f} norms.)"
     yield ""
@@ -160,24 +163,24 @@ def _advise(args: argparse.Namespace) -> Iterator[str]:
 def _code(usual: np.ndarray, advice: Advice, rate: float) -> Iterator[str]:
     """What to write into a program."""
     yield "In front of the optimizer:"
-    yield f"    optax.chain(optaxclip.clip_by_global_norm({advice.limit:.3g}), optimizer)"
+    yield f"    optax.chain(optaxclip.clip_by_global_norm({advice.limit:.5g}), optimizer)"
     if advice.kind in MOVING:
         # Before it has learned a limit, a percentile lets everything pass but for a ceiling.
         most = max(advice.limit, float(np.quantile(usual, 1 - rate)))
-        percentile = f"{100 * (1 - rate):.3g}, max_norm={most:.3g}"
+        percentile = f"{100 * (1 - rate):.3g}, max_norm={most:.5g}"
         yield "or, to follow the norms:"
         yield f"    optax.chain(optaxclip.clip_by_percentile({percentile}), optimizer)"
 
 
 def _curve(advice: Advice, rate: float) -> Iterator[str]:
     """Which limit clips how often, as far as there are norms enough."""
-    yield f"{'clips':>8}  {'limit':>9}"
+    yield f"{'clips':>8}  {'limit':>10}"
     known = [*advice.curve.rates, rate]
     shown = {x for x in SHOWN_RATES if min(known) < x < max(known)} | {rate}
     for one in sorted(shown):
         at = np.interp(one, advice.curve.rates, advice.curve.limits)
         limit = advice.limit if one == rate else at
-        yield f"{_percent(one):>8}  {limit:>9.3g}{'  <' if one == rate else ''}"
+        yield f"{_percent(one):>8}  {limit:>10.5g}{'  <' if one == rate else ''}"
 
 
 # --------------------------------------------------------------------------------- replay

@@ -140,12 +140,17 @@ def _frozen(clip: Stage, every: Sequence[Stage]) -> Iterator[Finding]:
     """A global norm of parameters that are frozen behind it, too."""
     if not _is_global(clip) or any(x.name == "optax.masked" for x in clip.around):
         return
-    frozen = [x for x in every if _freezes(x) and clip in x.before and x.around[-1:]]
-    parts = (x for x in frozen if x.around[-1].name in {"optax.partition", "optax.masked"})
-    if zero := next((x for x in parts if clip not in x.around[-1].around), None):
+    frozen = (x for x in every if _freezes(x) and clip in x.before and _is_in_part(x, clip))
+    if zero := next(frozen, None):
         why = "so the gradients of what is frozen are in its norm"
         mend = "put the clip into an optax.masked that leaves these out"
         yield _finding(clip, f"comes before {zero}", why, mend)
+
+
+def _is_in_part(x: Stage, clip: Stage) -> bool:
+    """Whether something is given a part of what a clip is given."""
+    own = set(x.around).difference(clip.around)
+    return any(outer.name in {"optax.partition", "optax.masked"} for outer in own)
 
 
 def _each_microbatch(clip: Stage, every: Sequence[Stage]) -> Iterator[Finding]:
@@ -180,7 +185,7 @@ def _bounds(first: Stage, clip: Stage) -> bool:
     """Whether what comes out of the first clip is within the limit of the other one."""
     if first.limit is None or clip.limit is None or first.limit > clip.limit:
         return False
-    if not (first.shrinks and clip.shrinks):
+    if not (first.shrinks and clip.is_hard):
         return False
     if any(outer.name not in SEQUENCES and outer not in clip.around for outer in first.around):
         return False  # it may not be given all leaves, or all steps
@@ -225,8 +230,7 @@ def _spread(zero: Stage, every: Sequence[Stage]) -> Iterator[Finding]:
 
 def _sees_all_of(clip: Stage, zero: Stage) -> bool:
     """Whether a clip is right in front of what zeroes NaN, and of the same leaves."""
-    own = clip.around == zero.around and clip.held.get("mask") is None
-    return own and zero.before[-1] is clip
+    return clip.around == zero.around and zero.before[-1] is clip
 
 
 def _is_global(x: Stage) -> bool:

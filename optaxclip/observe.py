@@ -54,10 +54,11 @@ class NormHistory(NamedTuple):
 
     def laws(self) -> dict[str, jax.Array]:
         """What ties the fields together."""
-        found = _axes(self.bins.shape, BINS, self.largest.shape)
-        same = [jnp.all((self.largest > 0) == jnp.any(self.bins > 0, axis)) for axis in found[:1]]
         law = "largest is 0 where all bins are, and only there"
-        return {law: same[0] if same else jnp.zeros((), bool)}
+        axis = _axis(self.bins, self.recent)
+        if axis is None or np.delete(self.bins.shape, axis).tolist() != [*self.largest.shape]:
+            return {law: jnp.zeros((), bool)}
+        return {law: jnp.all((self.largest > 0) == jnp.any(self.bins > 0, axis))}
 
 
 class NormSummary(NamedTuple):
@@ -259,13 +260,19 @@ def _incremented(count: jax.Array, happened: jax.Array) -> jax.Array:
 def _read(history: NormHistory) -> Any:
     """The history on the host; of a vmapped one, the axes of bins and recent norms moved ahead."""
     read: Any = jax.tree.map(np.asarray, jax.device_get(history))
-    ahead = lambda x, n: np.moveaxis(x, _axes(x.shape, n, read.largest.shape)[0], 0)
-    return read._replace(bins=ahead(read.bins, BINS), recent=ahead(read.recent, RECENT))
+    axis = _axis(read.bins, read.recent)
+    if axis is None:
+        shapes = f"{read.bins.shape} and {read.recent.shape}"
+        raise ValueError(f"bins and recent must differ in one axis, which they add; got {shapes}")
+    ahead = lambda x: np.moveaxis(x, axis, 0)
+    return read._replace(bins=ahead(read.bins), recent=ahead(read.recent))
 
 
-def _axes(shape: tuple[int, ...], length: int, others: tuple[int, ...]) -> list[int]:
-    """Which axis of this length comes on top of those of a norm: vmap puts more in front."""
-    return [i for i, n in enumerate(shape) if n == length and shape[:i] + shape[i + 1 :] == others]
+def _axis(bins: Any, recent: Any) -> int | None:
+    """The axis that these add to a norm, in which alone they differ: vmap puts more in front."""
+    pairs = enumerate(zip(bins.shape, recent.shape, strict=False))
+    found = [i for i, sizes in pairs if sizes == (BINS, RECENT)]
+    return found[0] if len(found) == 1 and bins.ndim == recent.ndim else None
 
 
 def _summary(history: Any) -> NormSummary:

@@ -52,7 +52,8 @@ def replay(norms: Any, clipper: optax.GradientTransformation) -> Replay:
     _check.instance(
         optax.GradientTransformation, "optaxclip.clip_by_global_norm()", clipper=clipper
     )
-    sizes = stream(norms).astype(np.float32)
+    with np.errstate(over="ignore"):  # what float32 cannot hold is inf
+        sizes = stream(norms).astype(np.float32)
     _has_one_norm(clipper)
     params = {"norm": jnp.ones((), jnp.float32)}
 
@@ -77,7 +78,11 @@ def _has_one_norm(clipper: optax.GradientTransformation) -> None:
             got = "no metrics" if not read else "those of " + ", ".join(read)
             raise ValueError(f"clipper must be one clip, with record=True; got {got}")
         found.append(float(read["norm"]))
-    if found[0] == found[1]:  # the largest of several norms does not know of the other ones
+    # The largest of several norms does not know of the other ones, and neither does one norm of
+    # order inf: but this is NaN where an entry is, and lets no other one pass.
+    grads = {"a": jnp.float32(3), "b": jnp.float32(jnp.nan)}
+    updates, _ = clipper.update(grads, clipper.init(params), params)
+    if found[0] == found[1] and jnp.isfinite(updates["a"]) and updates["a"] != 0:
         raise ValueError(
             "clipper must have one norm, that of all entries of the tree, such as by "
             "measure=measure.global_norm(); this one has several, of leaves, units or entries"

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import optaxclip as oc
-from optaxclip.advise import ABOVE, LATER, recommend_threshold
+from optaxclip.advise import ABOVE, LATER, promise, recommend_threshold
 from optaxclip.observe import NormHistory, observe_norms
 from optaxclip.replaying import replay
 
@@ -126,6 +126,52 @@ def test_drift(name):
     assert "near future" in advices[0][0].reason
 
 
+def test_promise():
+    """What is said of the coming steps is of those that the limit is for."""
+    norms = ordinary(np.random.default_rng(0), 1000)
+    time = np.arange(1000) / 1000
+    for level, kind, words in (
+        (0, "steady", "the coming steps"),
+        (time, "drifting", "the next 100 steps"),
+        (50 * (time > 0.6), "diverged", "the steps before the run diverged"),
+    ):
+        advice = recommend_threshold(norms * np.exp(level), clip_rate=0.1)
+        assert advice.kind == kind
+        assert promise(advice, clip_rate=0.1, steps=1000) == f"clips 10 % of {words}"
+
+
+@pytest.mark.parametrize("slope", [1.5, 3.0])
+@pytest.mark.parametrize("scatter", [0.05, 0.1])
+def test_drift_of_norms_that_scatter_little(scatter, slope):
+    """Where the level moves by more than the norms scatter, its way ahead is part of the rate."""
+    n, ahead = 4000, 4000 // LATER
+    level, later = slope * np.arange(n) / n, slope * np.arange(n, n + ahead) / n
+    noise = lambda seed: scatter * np.random.default_rng(seed).normal(size=n)
+    advices = [
+        [recommend_threshold(np.exp(noise(seed) + level), clip_rate=rate) for rate in OTHERS]
+        for seed in range(SEEDS)
+    ]
+
+    fresh = scatter * np.random.default_rng(SEEDS).normal(size=(50, ahead)) + later
+    within_twofold(advices, OTHERS, lambda i, limit: np.mean(fresh > np.log(limit)))
+
+
+def test_scatter_of_the_later_half():
+    """Of a bent level, norms that scattered more in the earlier half do not make the limit."""
+    n, rates = 4000, (0.05, 0.1)
+    time, later = np.arange(n) / n, np.arange(n, n + n // LATER) / n
+    scatter, level = np.where(time < 0.5, 0.6, 0.3), lambda t: -0.5 * np.log1p(8 * t)
+    noise = [np.random.default_rng(seed).normal(size=n) for seed in range(SEEDS)]
+    norms = [np.exp(scatter * x + level(time)) for x in noise]
+    advices = [[recommend_threshold(x, clip_rate=rate) for rate in rates] for x in norms]
+
+    fresh = 0.3 * np.random.default_rng(SEEDS).normal(size=(50, later.size)) + level(later)
+    within_twofold(advices, rates, lambda i, limit: np.mean(fresh > np.log(limit)))
+    assert kinds(advices) == ["drifting"] * SEEDS
+    # Half of the norms: the curve ends where 20 of these are above a limit.
+    assert min(advices[0][0].curve.rates) >= ABOVE / (n / 2)
+
+
 def test_step():
     """Of a level that has changed for good, somewhere, the limit is that of the later one."""
     n = 4000
@@ -212,6 +258,42 @@ def test_a_run_that_diverges(how):
     advice = recommend_threshold(state)
     assert advice.kind == "diverged"
     assert 0.025 <= np.mean(fresh > advice.limit) <= 0.1
+
+
+@pytest.mark.parametrize("start", [0.03, 0.05, 0.08, 0.12, 0.55, 0.58])
+@pytest.mark.parametrize("how", ["at once", "growing"])
+def test_when_a_run_diverged(start, how):
+    """Wherever that was, no norm after it makes the limit, though it may begin within a part."""
+    n, seeds, rates = 4000, 20, np.array([0.1, 0.2])
+    since = np.clip(np.arange(n) - round(start * n) + 1, 0, None)
+    rise = 1e6 * (since > 0) if how == "at once" else np.exp(np.minimum(0.2 * since, 40)) - 1
+    norms = [(1 + rise) * ordinary(np.random.default_rng(seed), n) for seed in range(seeds)]
+    advices = [[recommend_threshold(x, clip_rate=rate) for rate in rates] for x in norms]
+
+    fresh = ordinary(np.random.default_rng(SEEDS), HELD_OUT)
+    ratio = np.array([[np.mean(fresh > a.limit) for a in row] for row in advices]) / rates
+    # Binomial numbers, of half of the norms before at least: four deviations of their median.
+    within = 4 * 1.25 * np.sqrt((1 - rates) / (rates * start * n / 2) / seeds)
+    assert (np.abs(np.median(ratio, 0) - 1) < within).all()
+    assert kinds(advices) == ["diverged"] * seeds
+
+
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.18])
+def test_a_run_whose_first_norms_are_tiny_has_not_diverged(share):
+    """Norms a thousandth as large for some steps, and then sane ones, are a start."""
+    norms = ordinary(np.random.default_rng(0), 4000)
+    advice = recommend_threshold(norms * np.where(np.arange(4000) < share * 4000, 1e-3, 1))
+    assert advice.kind == "two regimes"
+    assert advice.limit == pytest.approx(np.exp(1.645 * SCATTER), rel=0.1)
+
+
+def test_a_run_of_few_norms_that_diverges():
+    """As few norms as are accepted are enough for a limit, and nothing warns."""
+    for start in (2, 10, 30):
+        norms = ordinary(np.random.default_rng(0), 40) * np.where(np.arange(40) < start, 1, 1e9)
+        advice = recommend_threshold(norms, clip_rate=0.5)
+        assert advice.kind == "diverged"
+        assert advice.limit == pytest.approx(1, rel=3 * SCATTER)
 
 
 def test_a_run_that_spikes_has_not_diverged():
@@ -308,13 +390,16 @@ CLIPPERS = {
     "clip_by_ema_ratio": lambda: oc.clip_by_ema_ratio(warmup=2, measure=oc.measure.global_norm()),
     "in a chain": lambda: optax.chain(oc.clip_by_global_norm(1.0), optax.scale(0.5)),
     "propagate": lambda: oc.clip_by_global_norm(nonfinite="propagate"),
+    "order inf": lambda: oc.clip_by_global_norm(ord=INF),
+    "order inf, propagate": lambda: oc.clip_by_global_norm(ord=INF, nonfinite="propagate"),
 }
 
 
-@pytest.mark.parametrize("make", CLIPPERS.values(), ids=CLIPPERS)
-def test_replay(make):
+@pytest.mark.parametrize("name", CLIPPERS)
+def test_replay(name):
     """A replay is what the clipper does to a tree of several leaves with these norms, by steps."""
-    tx, direction = make(), {"a": jnp.array([0.6, -0.48]), "b": jnp.array([0.64])}
+    tx, direction = CLIPPERS[name](), {"a": jnp.array([0.6, -0.48]), "b": jnp.array([0.64])}
+    direction = jax.tree.map(lambda x: x / (0.64 if "order" in name else 1), direction)
     step, state = jax.jit(tx.update), tx.init(direction)
 
     done = replay(STREAM, tx)
@@ -342,9 +427,15 @@ def test_replay_of_a_fixed_limit():
     assert replay([], oc.clip_by_global_norm(1.5)).limit.shape == (0,)
 
 
+def test_replay_of_a_norm_beyond_float32():
+    """It is inf there, without a warning."""
+    assert replay([1e39, 1.0], oc.clip_by_global_norm(1.5)).factor.tolist() == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("norms", "clipper", "error", "words"),
     [
+        ([1.0], oc.clip_by_norm(nonfinite="propagate"), ValueError, "clipper must have one norm"),
         ([1.0], oc.clip_by_norm(), ValueError, "clipper must have one norm"),
         ([1.0], oc.clip_by_value(), ValueError, "clipper must have one norm"),
         ([1.0], oc.adaptive_grad_clip(), ValueError, "clipper must have one norm"),

@@ -5,6 +5,7 @@ import importlib
 import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -38,6 +39,31 @@ def fixture_load(monkeypatch):
     """A program as a module."""
     monkeypatch.syspath_prepend(EXAMPLES)
     return importlib.import_module
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("cliff.py", "starts"), ("cliff.py", "steps")]
+    + [("exploding_rnn.py", option) for option in ("seeds", "steps", "time")],
+)
+def test_nothing_to_do_is_a_sentence(name, option):
+    """None of what there should be some of is a sentence that names the option."""
+    done = run(name, f"--{option}", 0)
+
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert re.search(rf"error: .*--{option}\b.* must be at least 1$", done.stderr.strip())
+
+
+@pytest.mark.parametrize("name", ["one_page", "write_a_threshold"])
+def test_help(load, name):
+    """--help says what the program is, and runs nothing."""
+    done = run(f"{name}.py", "--help")
+
+    assert (done.returncode, done.stderr) == (0, "")
+    said = " ".join(done.stdout.split())
+    assert load(name).__doc__.partition("\n")[0] in said
+    assert "─" not in said  # no table
 
 
 # ------------------------------------------------------------------------------------ cliff.py

@@ -12,6 +12,7 @@ from flax import linen, nnx
 from flax.training.train_state import TrainState
 from optax import contrib
 from roster import EVERY
+from test_public import PUBLIC
 
 import optaxclip
 from optaxclip.lint import diagnose
@@ -24,6 +25,7 @@ CLIP, LEAVES, ENTRIES = (
     optaxclip.clip_by_norm(1.0),
     optaxclip.clip_by_value(1.0),
 )
+NORMALISER = optaxclip.normalize_by_global_norm(1.0)
 ADAM, SGD = optax.adamw(1e-3), optax.sgd(0.1)
 WARMUP = optax.linear_schedule(0.0, 1e-3, 10)
 
@@ -36,6 +38,27 @@ def frozen(tx):
     return optax.partition({"a": tx, "b": optax.set_to_zero()}, LABELS)
 
 
+def scaled(scale, limit=1.0):
+    return optaxclip.clip(
+        optaxclip.measure.global_norm(), optaxclip.threshold.constant(limit), scale
+    )
+
+
+def jitted(tx):
+    return optax.GradientTransformation(jax.jit(tx.init), tx.update)
+
+
+def wrapped(tx):
+    def init(params):
+        return tx.init(params)
+
+    return tx._replace(init=init)
+
+
+def own():
+    return optax.GradientTransformation(lambda params: (), lambda grads, state, params: grads)
+
+
 RIGHT = {
     "clip, Adam": optax.chain(CLIP, ADAM),
     "names": optax.named_chain(("clip", CLIP), ("adam", ADAM)),
@@ -45,10 +68,27 @@ RIGHT = {
     "decay later": optax.chain(CLIP, optax.add_decayed_weights(1e-4), SGD),
     "zero_nans first": optax.chain(optax.zero_nans(), optax.clip_by_global_norm(1.0), ADAM),
     "zero_nans behind entries": optax.chain(optax.clip(1.0), optax.zero_nans(), ADAM),
+    "zero_nans behind a part": optax.chain(optax.masked(LEAVES, MASK), optax.zero_nans(), ADAM),
+    "zero_nans behind a mask": optax.chain(
+        optaxclip.adaptive_grad_clip(mask=MASK), optax.zero_nans(), ADAM
+    ),
+    "zero_nans behind one of two": optax.chain(
+        optax.partition({"a": LEAVES, "b": optax.identity()}, LABELS), optax.zero_nans(), ADAM
+    ),
+    "zero_nans behind one's own": optax.chain(CLIP, own(), optax.zero_nans(), ADAM),
+    "apply_every, then a clip": optax.chain(optax.apply_every(2), CLIP, SGD),
     "watched": optax.chain(
         optax.monitor({"ema": optax.measure_with_ema(optax.tree.norm, 0.9)}), CLIP, ADAM
     ),
     "observed": optax.chain(optaxclip.observe_norms(), CLIP, ADAM),
+    "of the same size": optax.chain(
+        optax.scale_by_optimistic_gradient(),
+        optax.scale_by_param_block_norm(),
+        optax.scale_by_param_block_rms(),
+        optax.scale_by_backtracking_linesearch(2),
+        optax.scale_by_zoom_linesearch(2),
+        CLIP,
+    ),
     "partition behind": optax.chain(CLIP, optax.partition({"a": ADAM, "b": SGD}, LABELS)),
     "partition by leaves": optax.partition({"a": LEAVES, "b": LEAVES}, LABELS),
     "one part": optax.partition({"a": optax.chain(CLIP, ADAM), "b": SGD}, LABELS),
@@ -57,6 +97,15 @@ RIGHT = {
         optax.masked(optax.chain(CLIP, ADAM), MASK),
         optax.masked(optax.set_to_zero(), {"w": False, "b": True}),
     ),
+    "masked, then frozen": optax.chain(optax.masked(CLIP, MASK), frozen(SGD)),
+    "frozen, then a clip": optax.chain(
+        optax.masked(optax.set_to_zero(), {"w": False, "b": True}), CLIP, ADAM
+    ),
+    "all is frozen": optax.chain(CLIP, optax.set_to_zero()),
+    "a part is frozen at its end": optax.partition(
+        {"a": optax.chain(CLIP, SGD, optax.set_to_zero()), "b": SGD}, LABELS
+    ),
+    "leaves before frozen ones": optax.chain(LEAVES, frozen(SGD)),
     "AGC with a mask": optax.chain(optaxclip.adaptive_grad_clip(mask=MASK), SGD),
     "in MultiSteps": steps(optax.chain(CLIP, ADAM)),
     "MultiSteps itself": optax.MultiSteps(optax.chain(CLIP, ADAM), 2),
@@ -82,13 +131,12 @@ RIGHT = {
     "other order": optax.chain(optaxclip.clip_by_global_norm(1.0, ord=math.inf), CLIP, ADAM),
     "only some leaves": optax.chain(optax.masked(LEAVES, MASK), optaxclip.clip_by_norm(2.0), ADAM),
     "then normalised": optax.chain(CLIP, optaxclip.normalize_by_global_norm(2.0), SGD),
+    "normalised by parts": optax.partition(dict.fromkeys("ab", NORMALISER), LABELS),
+    "normalised behind": optax.chain(ADAM, NORMALISER),
+    "normalised, then clipped": optax.chain(scaled(optaxclip.scale.automatic), CLIP, SGD),
+    "soft": optax.chain(CLIP, scaled(optaxclip.scale.tanh, 2.0), ADAM),
     "scale of one's own": optax.chain(
-        optaxclip.clip(
-            optaxclip.measure.global_norm(),
-            optaxclip.threshold.constant(1.0),
-            lambda norm, limit: 3 * limit / norm,
-        ),
-        optaxclip.clip_by_global_norm(2.0),
+        scaled(lambda norm, limit: 3 * limit / norm), optaxclip.clip_by_global_norm(2.0)
     ),
     "may change": optax.inject_hyperparams(optaxclip.clip_by_global_norm)(max_norm=math.inf),
     "schedule": optax.chain(optaxclip.clip_by_global_norm(lambda step: jnp.inf), ADAM),
@@ -113,6 +161,10 @@ DIVIDED = "which has divided the size of the gradients out"
 IN_FRONT = "put the clip in front of it"
 STEPS = "so its limit is one of steps and not of gradients"
 DECAYED = "so its norm is that of the gradients with the decayed weights added"
+FROZEN = "so the gradients of what is frozen are in its norm"
+LEAVE = "put the clip into an optax.masked that leaves these out"
+MASKED_ONCE = "once, in front, and in an optax.masked without what is frozen"
+EACH = "so it clips each microbatch and not their mean"
 NEVER, ONE = "so it never clips", "leave one of them out"
 HIDES, AROUND = "which hides bad steps from it", "put it around the whole chain"
 
@@ -124,6 +176,15 @@ WRONG = {
     "Adam, Optax's clip": (
         optax.chain(ADAM, optax.clip_by_global_norm(1.0)), "1",
         "optax.clip_by_global_norm comes after optax.scale_by_adam (0/0)", DIVIDED, IN_FRONT,
+    ),
+    "jitted init": (
+        jitted(optax.chain(optax.inject_hyperparams(optax.sgd)(WARMUP, momentum=0.9), CLIP)), "1",
+        "the clip by global_norm comes after optax.trace (0/0)", "which adds past gradients",
+        IN_FRONT,
+    ),
+    "wrapped init": (
+        wrapped(optax.chain(ADAM, CLIP)), "1",
+        AFTER.format("global_norm", "0/0"), DIVIDED, IN_FRONT,
     ),
     "no record": (
         optax.chain(ADAM, optaxclip.clip_by_value(1.0, record=False)), "1",
@@ -188,6 +249,36 @@ WRONG = {
         "each of which has a norm of its own",
         "clip once, in front, or say that it is meant with measure.by_label",
     ),
+    "labels with a slash": (
+        optax.chain(
+            optax.partition({"net/w": CLIP, "net/b": CLIP}, {"w": "net/w", "b": "net/b"}), ADAM
+        ), "0",
+        "optax.partition has clips by a global norm in 2 parts (net/w, net/b)",
+        "each of which has a norm of its own",
+        "clip once, in front, or say that it is meant with measure.by_label",
+    ),
+    "parts, and a frozen one": (
+        optax.chain(
+            optax.partition({"a": CLIP, "b": CLIP, "c": optax.set_to_zero()}, LABELS), ADAM
+        ), "0",
+        "optax.partition has clips by a global norm in 2 parts (a, b)",
+        "each of which has a norm of its own",
+        f"clip {MASKED_ONCE}, or say that it is meant with measure.by_label",
+    ),
+    "frozen behind": (
+        optax.chain(CLIP, frozen(SGD)), "0",
+        "the clip by global_norm comes before optax.set_to_zero (1/b)", FROZEN, LEAVE,
+    ),
+    "frozen in a chain": (
+        optax.chain(
+            CLIP, optax.partition({"a": SGD, "b": optax.chain(optax.set_to_zero())}, LABELS)
+        ), "0",
+        "the clip by global_norm comes before optax.set_to_zero (1/b/0)", FROZEN, LEAVE,
+    ),
+    "frozen by a mask": (
+        optax.chain(optax.clip_by_global_norm(1.0), SGD, optax.masked(optax.set_to_zero(), MASK)),
+        "0", "optax.clip_by_global_norm comes before optax.set_to_zero (2)", FROZEN, LEAVE,
+    ),
     "masked": (
         optax.chain(optax.masked(CLIP, MASK), ADAM), "0",
         "the clip by global_norm is inside of optax.masked (0)",
@@ -197,7 +288,12 @@ WRONG = {
     "microbatches": (
         optax.chain(CLIP, steps(ADAM)), "0",
         "the clip by global_norm comes before optax.MultiSteps (1)",
-        "so it clips each microbatch and not their mean", "put the clip inside",
+        EACH, "put the clip inside",
+    ),
+    "apply_every": (
+        optax.chain(CLIP, SGD, optax.apply_every(2)), "0",
+        "the clip by global_norm comes before optax.apply_every (2)", EACH,
+        "use optax.MultiSteps, with the clip inside",
     ),
     "inf": (
         optax.chain(optaxclip.clip_by_global_norm(math.inf), ADAM), "0",
@@ -211,6 +307,16 @@ WRONG = {
     "twice": (
         optax.chain(optax.clip_by_global_norm(1.0), CLIP, ADAM), "1",
         "the clip by global_norm has the limit 1 behind optax.clip_by_global_norm (0) with 1",
+        NEVER, ONE,
+    ),
+    "strict behind": (
+        optax.chain(CLIP, scaled(optaxclip.scale.strict, 2.0)), "1",
+        "the clip by global_norm has the limit 2 behind the clip by global_norm (0) with 1",
+        NEVER, ONE,
+    ),
+    "soft, then hard": (
+        optax.chain(scaled(optaxclip.scale.rsqrt), optax.clip_by_global_norm(2.0)), "1",
+        "optax.clip_by_global_norm has the limit 2 behind the clip by global_norm (0) with 1",
         NEVER, ONE,
     ),
     "third": (
@@ -240,6 +346,16 @@ WRONG = {
         optax.chain(CLIP, optax.zero_nans(), ADAM), "1",
         "optax.zero_nans comes after the clip by global_norm (0)",
         "which leaves no NaN", "leave it out",
+    ),
+    "zero_nans behind a normaliser": (
+        optax.chain(NORMALISER, optax.zero_nans(), ADAM), "1",
+        "optax.zero_nans comes after the scaling by global_norm (0)",
+        "which leaves no NaN", "leave it out",
+    ),
+    "a normaliser of nothing": (
+        optax.chain(scaled(optaxclip.scale.psac, math.inf), ADAM), "0",
+        "the scaling by global_norm has the limit inf", NEVER,
+        "give it a limit, or use observe_norms to look only",
     ),
 }  # fmt: skip
 
@@ -295,7 +411,10 @@ def test_every_optimizer_of_optax(name):
 
 # What is given updates, or is wrapped around the optimizer.
 NOT_IN_FRONT = {"clippy", "clip_by_norm_growth", "skip_step"}
-BEHIND = {"clip_by_block_rms", "clippy", "clip_by_norm_growth", "scale_by_stable_adam"}
+BEHIND = {
+    "clip_by_block_rms", "clippy", "clip_by_norm_growth", "scale_by_stable_adam",
+    "normalize_by_global_norm", "stabilize_gradients",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -305,6 +424,18 @@ def test_every_variant(name):
     assert diagnose(tx) == []
     assert (diagnose(optax.chain(tx, ADAM)) == []) is (name not in NOT_IN_FRONT)
     assert (diagnose(optax.chain(ADAM, tx)) == []) is (name in BEHIND)
+
+
+SCALES = [x for x in PUBLIC if x.startswith("optaxclip.scale.") and callable(PUBLIC[x])]
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_every_scale(name):
+    """A clip with any scale belongs in front of the optimizer, what normalises may be behind it."""
+    tx = scaled(PUBLIC[name])
+    assert diagnose(optax.chain(tx, ADAM)) == []
+    normalises = name.rpartition(".")[-1] in {"normalize", "automatic", "psac"}
+    assert (diagnose(optax.chain(ADAM, tx)) == []) is normalises
 
 
 def test_what_holds_a_transformation():
@@ -349,6 +480,19 @@ def test_closed_boxes():
     assert diagnose(optax.chain(boxed(CLIP), CLIP, ADAM)) == []
     assert diagnose(optax.chain(around(optax.identity()), CLIP, itself(), ADAM)) == []
     assert [f.where for f in diagnose(around(optax.chain(ADAM, CLIP)))] == ["1"]
+
+
+def test_what_contains_itself():
+    """A dict or list that contains itself is read once, with what else is in it."""
+    loop = {"wrong": optax.chain(ADAM, CLIP), "list": []}
+    loop["itself"] = loop
+    loop["list"].extend([loop, loop["list"]])
+
+    def update(grads, state, params=None):
+        return loop, state
+
+    (finding,) = diagnose(optax.GradientTransformation(CLIP.init, update))
+    assert finding.where == "wrong/1"
 
 
 def test_multi_steps_is_as_the_findings_say():

@@ -46,6 +46,8 @@ GOOD = {
     '\n{"step": 4, "norm": Infinity}\n{"step": 5, "norm": 2}\n',
     "nested": '{"train": {"loss": 1, "grad_norm": 0.5}}\n{"train": {"grad_norm": "nan"}}\n'
     '{"eval": {"loss": 2}}\n{"train": {"grad_norm": "inf"}}\n{"train/grad_norm": 2}\n',
+    "separators in a string": '{"norm": 0.5, "text": "a\u2028b\x85c"}\r\n{"norm": NaN}\n'
+    '{"norm": Infinity}\n{"norm": 2}\n',
     "null": '{"norm": 0.5}\n{"norm": "NaN"}\n{"norm": null}\n{"norm": "Infinity"}\n{"norm": 2.0}\n',
 }
 
@@ -130,6 +132,10 @@ RUNS = {
         {"seed=0": [1, 2, 5, 6], "seed=1": [3, 4, 7, 8]},
     ),
     "a counter that stands still": ("steps,norm", "1,1 2,2 2,3 3,4", {"": [1, 2, 3, 4]}),
+    "capitals": (
+        "Step,Seed,train/Grad_Norm", "1,0,1 2,0,2 1,1,3 2,1,4", {"Seed=0": [1, 2], "Seed=1": [3, 4]}
+    ),
+    "a counter with capitals": ("Steps,norm", "1,1 2,2 2,3 3,4", {"": [1, 2, 3, 4]}),
     "no steps": ("name,norm", "a,1 a,2 b,3 b,4", {"name=a": [1, 2], "name=b": [3, 4]}),
     "a restart": (
         "step,norm", "1,1 2,2 3,3 1,4 2,5 3,6 4,7",

@@ -255,6 +255,34 @@ def test_vmap():
     assert found.count.tolist() == [1, 1, 1]
 
 
+@pytest.mark.parametrize("models", [RECENT, BINS])
+@pytest.mark.parametrize("measure", [oc.measure.global_norm(), oc.measure.leaf_norm()])
+def test_vmap_over_as_many_models_as_there_are_bins(models, measure):
+    """The axis of bins is told from that of models where they are of one length."""
+    tx, sizes = observe_norms(measure), jnp.arange(1.0, models + 1)
+    state, update = jax.vmap(tx.init)({"w": sizes}), jax.vmap(tx.update)
+    for times in (1, 2, 4):
+        _, state = update({"w": times * sizes}, state)
+
+    found = norm_summary(state)
+    assert found.count.ravel().tolist() == [3] * models
+    np.testing.assert_array_equal(found.max.ravel(), 4 * sizes)
+    np.testing.assert_array_equal(found.recent.reshape(3, -1), np.outer([1, 2, 4], sizes))
+    np.testing.assert_allclose(found.median.ravel(), 2 * sizes, rtol=0.19)  # a bin is as wide
+    assert oc.validate_state(state) == []
+    broken = state._replace(memory=state.memory._replace(largest=0 * state.memory.largest))
+    assert [problem.place for problem in oc.validate_state(broken)] == ["memory"]
+
+
+def test_a_history_that_is_none():
+    """Arrays of other shapes are refused in words, and found by validate_state."""
+    memory = observe_norms().init(GRADS).memory
+    for bins in (memory.bins[1:], memory.bins[None], memory.recent.astype(jnp.int32)):
+        with pytest.raises(ValueError, match=r"bins and recent must differ in one axis.*got"):
+            norm_summary(memory._replace(bins=bins))
+        assert oc.validate_state(ClipState(memory._replace(bins=bins), None))
+
+
 @pytest.mark.parametrize("size", [0.0, 1.0])
 def test_derivative(size):
     """The derivative through the updates is that of the identity, and of the state 0, at 0 too."""

@@ -122,6 +122,14 @@ def test_histogram_of_norms(tmp_path):
     assert size_of(tmp_path / "bars.png")[0] == 1600
 
 
+def test_histogram_of_norms_that_are_far():
+    """They are in the outermost bars, a hundred times the median away, and none is lost."""
+    figure = plot.histogram([1e-9, *np.linspace(0.5, 2, 99), 1e9, 1e20])
+    bars = figure.axes[0].patches[0].get_data()
+    np.testing.assert_allclose(bars.edges[[0, -1]] / 1.25, [0.01, 100], rtol=0.02)
+    assert (bars.values[0], bars.values[-1], bars.values.sum()) == (1, 2, 102)
+
+
 def test_histogram_of_a_state():
     """The bins of a state are drawn as they are."""
     tx, params = optaxclip.observe_norms(), jnp.zeros(1)
@@ -166,9 +174,16 @@ def test_recommendation(tmp_path):
     assert (point.get_xdata()[0], point.get_ydata()[0]) == (10, advice.limit)
     assert np.all(np.diff(curve.get_xdata()) >= 0)
     assert np.all(np.diff(curve.get_ydata()) <= 0)
-    assert figure.get_suptitle() == f"A limit of {advice.limit:.3g} clips 10 % of the coming steps"
+    assert figure.get_suptitle() == f"A limit of {advice.limit:.3g} clips 10 % of the next 25 steps"
     assert figure.axes[0].get_title(loc="left") == "char_lm.csv: clipper=none (drifting)"
     assert size_of(path)[0] == 1600
+
+
+def test_a_path_that_does_not_say_its_format(tmp_path):
+    """It is refused, and nothing is written."""
+    with pytest.raises(ValueError, match=r"path must end in what format .*such as .png; got '.*x'"):
+        plot.norms([1.0, 2.0], path=tmp_path / "deep" / "x")
+    assert not list(tmp_path.iterdir())
 
 
 def test_limits():

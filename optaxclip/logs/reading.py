@@ -79,6 +79,8 @@ def read_log(log: Any) -> Log:
         text = "\0"
     if "\0" in text:
         raise ValueError(f"{path} is no text; {ALLOWED}")
+    if text.lstrip().startswith("["):
+        raise ValueError(f"{path} begins with '[', as a JSON array does; {ALLOWED}")
     rows = _json_rows if text.lstrip().startswith("{") else _csv_rows
     return _collected(str(path), rows(path, text))
 
@@ -146,7 +148,8 @@ def _header(path: Path, line: int, names: list[str]) -> list[str]:
 
 
 def _json_rows(path: Path, text: str) -> Iterator[Row]:
-    for line, words in enumerate(text.splitlines(), 1):
+    # Not splitlines, which takes what a string may hold, such as U+2028, for the end of a line.
+    for line, words in enumerate(text.split("\n"), 1):
         if not words.strip():
             continue
         row = _object(words)

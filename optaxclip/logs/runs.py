@@ -129,7 +129,8 @@ def _norm_column(log: Log) -> str:
 def _step_column(names: Iterable[str], column: str) -> str | None:
     """The column that counts steps; of several with one name, that beside the norms."""
     place = column.removesuffix(_last(column))
-    by_last = {_last(name): name for name in sorted(names, key=lambda name: name.startswith(place))}
+    found = sorted(names, key=lambda name: name.startswith(place))
+    by_last = {_last(name).lower(): name for name in found}  # W&B writes "Step"
     return next((by_last[name] for name in STEPS if name in by_last), None)
 
 
@@ -179,7 +180,7 @@ def _runs(log: Log, column: str) -> dict[str, list[int]]:
     """The rows of every run, by its label."""
     name = _step_column(log.columns, column)
     steps = _floats(log.columns[name]) if name else None
-    least = 0 if name and _last(name) == COUNT else np.finfo(np.float64).tiny
+    least = 0 if name and _last(name).lower() == COUNT else np.finfo(np.float64).tiny
     if steps is not None and np.all(np.diff(steps) >= least):
         return {"": list(range(len(steps)))}
     names = [name for name in log.columns if name != column and _names_runs(log, name)]
@@ -206,7 +207,7 @@ def _names_runs(log: Log, name: str) -> bool:
     cells = log.columns[name]
     if None in cells or not 1 < len(set(map(str, cells))) <= len(cells) / 2:
         return False
-    return _last(name) in RUNS or all(number(cell) is None for cell in cells)
+    return _last(name).lower() in RUNS or all(number(cell) is None for cell in cells)
 
 
 def _rising(rows: list[int], steps: np.ndarray, least: float) -> list[list[int]]:

@@ -46,6 +46,10 @@ def figure(height: float) -> Figure:
 def written(figure: Figure, path: PathLike | None) -> Figure:
     """The picture, in its file too."""
     if path is not None:
+        if not Path(path).suffix:
+            raise ValueError(
+                f"path must end in what format it has, such as .png; got {str(path)!r}"
+            )
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=DPI)
     return figure

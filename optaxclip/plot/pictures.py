@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from optaxclip import _check, observe
-from optaxclip.advise import Advice, recommend_threshold
+from optaxclip.advise import Advice, promise, recommend_threshold
 from optaxclip.logs import Run, read_run
 
 from . import parts
@@ -86,6 +86,9 @@ def histogram(
 ) -> Figure:
     """Draws how often there were norms of each size, with percentiles.
 
+    Of norms, the last bar holds all above a hundred times the median too, and the first one all
+    below a hundredth. The percentiles are of the norms as they are.
+
     Args:
       norms: (n,) norms, or what else :func:`optaxclip.logs.read_run` reads; or an optimizer state
         with `observe_norms` of one norm in it, whose bins are drawn as they are. What is not finite
@@ -158,7 +161,8 @@ def recommendation(
     advice = recommend_threshold(run.norms, clip_rate=clip_rate)
     limit, percent = advice.limit, 100 * clip_rate
     figure = parts.figure(4.0)
-    figure.suptitle(f"A limit of {limit:.3g} clips {percent:.3g} % of the coming steps")
+    words = promise(advice, clip_rate=clip_rate, steps=run.norms.size)
+    figure.suptitle(f"A limit of {limit:.3g} {words}")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2.4, 1))
     parts.draw_norms(left, run, np.array([limit]))
     high = np.where(run.norms > limit, run.norms, np.nan)
@@ -174,7 +178,7 @@ def recommendation(
     right.plot(rates[order], limits[order], color="black", linewidth=1.2)
     right.plot(percent, limit, "o", color=parts.LIMIT, markersize=8)
     right.set_xlabel("steps clipped (%)")
-    right.set_title("other limits", loc="left", fontsize=10)
+    right.set_title("how often others clip", loc="left", fontsize=10)
     parts.log_axis(right, "x", rates.min(), rates.max())
     for axes, label in ((left, f"advised limit {limit:.3g}"), (right, None)):
         axes.axhline(limit, color=parts.LIMIT, linestyle="--", linewidth=1.5, label=label)
