@@ -27,7 +27,7 @@ does. `norm` ended at 2.87 on average over ten seeds (2.47-3.84), in between.
 
 Most limits that adapt come too late here. They are learned from the first 10 norms (`quantile`,
 `ema_ratio`) or 20 to 25 (`percentile`, `zclip`, `sigma`, `second_moment`), and the first 10 do the
-harm. Over ten seeds `quantile` ended at 4.31 (2.37-10.8), `zclip` at 16.5 (2.43-114), no clipping at
+harm. Over ten seeds `quantile` ended at 4.31 (2.37-10.8), `zclip` at 16.5 (2.43-114), and none at
 16.5 (2.43-125); what is thrown off is chaotic, and other processors have other numbers here.
 A fixed limit from the first step on, their argument `max_norm`, is what is missing: `zclip_capped`
 is `zclip` with it. AdaGC has one by default, for 100 steps, and was safe with all ten seeds. Its
