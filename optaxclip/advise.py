@@ -9,14 +9,11 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from . import _check, observe
 from ._level import LATER, levels_of, levels_of_recent, spread_of
 from .replaying import stream
-
-Tree = Any
 
 # Norms above the limit that an advice rests on. Their number in other norms of the same kind is off
 # by half or double in one case of 400 (Poisson numbers: 20 in place of 10).
@@ -83,8 +80,9 @@ def recommend_threshold(norms: Any, *, clip_rate: float = 0.05) -> Advice:
     Args:
       norms: (n,) the norms of a run in their order, before clipping, or an optimizer state with
         `observe_norms` of one norm in it. A state does not know in which order the norms were, and
-        so neither bursts nor regimes; it notices that the level has moved from the 64 latest norms.
-        What is not finite or 0 is left out.
+        so neither bursts nor regimes; it notices that the level has moved from the 64 latest norms,
+        and then the limit is that of these alone, taken for lognormal: one such limit in seven is
+        outside of half to twice the rate. What is not finite or 0 is left out.
       clip_rate: share of the steps to be clipped, > 0 and <= 0.5.
 
     Returns:
@@ -153,24 +151,13 @@ def promise(advice: Advice, *, clip_rate: float, steps: int) -> str:
 
 def _logs(norms: Any) -> tuple[np.ndarray, np.ndarray | None]:
     """The logarithms of what counts; of a state, as its histogram has them, and the latest."""
-    if not _holds_history(norms):
+    if not observe.holds_history(norms):
         return _log(stream(norms, ", or an optimizer state with observe_norms in it")), None
-    found = observe.histories(norms)
-    sizes = {place: history.largest.size for place, history in found.items()}
-    if list(sizes.values()) != [1]:
-        held = ", ".join(f"{n} at {place!r}" for place, n in sizes.items())
-        raise ValueError(f"a state of norms must keep one, that of the tree; this one has {held}")
-    (history,) = found.values()
+    history = observe.only_history(norms)
     total = int(history.bins.sum(dtype=np.int64))
     percents = (np.arange(total) + 0.5) / max(total, 1) * 100
-    bins, largest = history.bins.reshape(-1), history.largest.reshape(())
-    values = observe.percentiles(bins, largest, percents)
-    return _log(values), _log(history.recent.reshape(-1).astype(np.float64))
-
-
-def _holds_history(tree: Tree) -> bool:
-    is_history = lambda x: isinstance(x, observe.NormHistory)
-    return any(map(is_history, jax.tree.leaves(tree, is_leaf=is_history)))
+    values = observe.percentiles(history.bins, history.largest, percents)
+    return _log(values), _log(history.recent.astype(np.float64))
 
 
 def _log(norms: np.ndarray) -> np.ndarray:

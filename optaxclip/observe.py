@@ -6,10 +6,10 @@ there were norms of each size. :func:`norm_summary` reads that, on the host, whe
 
 The bins are fixed, four for each factor of two from 2^-40 to 2^60, and what is outside counts in
 the outermost ones. A percentile is read by interpolation within a bin, and so is off by less than a
-bin, 2^(1/4) - 1 = 19 %, whatever the norms are like. Within a bin, the quantiles of the normal
-distribution are interpolated, not the ranks, as logarithms of norms are roughly normal. So of 4000
-norms that scatter by 5 % to 100 %, the 95th percentile is off by 2.5 % at most, and from 0.6 to 1.8
-times the 5 % that should be are above it. With half as many bins, it is 0 to 2.5 times as many.
+bin, 2^(1/4) - 1 = 19 %, whatever the norms are like: of the quantiles of the normal distribution, as
+logarithms of norms are roughly normal. So of 4000 norms that scatter by 5 % to 100 %, the 95th
+percentile is off by 2.5 % at most, and from 0.6 to 1.8 times the 5 % that should be are above it.
+With half as many bins, it is 0 to 2.5 times as many.
 """
 
 from __future__ import annotations
@@ -29,14 +29,13 @@ from ._place import abstract_norms, beside
 from ._range import Count, Range, named, plain
 from .measure import Measure, global_norm
 from .measure.arithmetic import in_range
-from .record import ClipState
+from .record import ClipState, _increment_if
 
 Tree = Any
 
 LOW, HIGH, PER_OCTAVE = -40, 60, 4  # of the logarithm to base 2; see the module
 BINS = (HIGH - LOW) * PER_OCTAVE
 RECENT = 64  # of the latest norms, each kept as it was
-MOST = np.iinfo(np.int32).max
 
 Counts = Annotated[jax.Array, Range(0, dtypes=("int32",), front=1)]
 Sizes = Annotated[jax.Array, Range(0, also=(np.inf, np.nan), front=1)]
@@ -178,15 +177,29 @@ def histories(opt_state: Tree) -> dict[str, Any]:
     Raises:
       ValueError: if there is no observer in it.
     """
-    is_history = lambda x: isinstance(x, NormHistory)
-    nodes = jax.tree.leaves_with_path(opt_state, is_leaf=is_history)
-    found = {named("", path): _read(plain(x)) for path, x in nodes if is_history(x)}
+    found = {named("", path): _read(plain(x)) for path, x in _found(opt_state)}
     if not found:
         raise ValueError(
             "no observe_norms in this state: pass the optimizer state that holds it, "
             "or the TrainState or nnx.Optimizer (not its nnx.state)"
         )
     return found
+
+
+def holds_history(tree: Tree) -> bool:
+    """Whether there is an observer's memory in it, as in the state of one."""
+    return bool(_found(tree))
+
+
+def only_history(opt_state: Tree) -> Any:
+    """What a state keeps of its one norm, without axes of that; a ValueError if it keeps more."""
+    found = histories(opt_state)
+    sizes = {place: history.largest.size for place, history in found.items()}
+    if list(sizes.values()) != [1]:
+        held = ", ".join(f"{n} at {place!r}" for place, n in sizes.items())
+        raise ValueError(f"a state of norms must keep one, that of the tree; this one has {held}")
+    (history,) = found.values()
+    return jax.tree.map(lambda x: x.reshape(x.shape[: x.ndim - history.largest.ndim]), history)
 
 
 def percentiles(bins: np.ndarray, largest: np.ndarray, percents: Any) -> np.ndarray:
@@ -245,16 +258,18 @@ def _learned(old: NormHistory, norm: jax.Array) -> NormHistory:
     each = jax.lax.broadcasted_iota(jnp.int32, old.bins.shape, 0)
     hit = (each == own[None]) & counts[None]
     return NormHistory(
-        bins=_incremented(old.bins, hit),
+        bins=_increment_if(hit, old.bins),
         recent=jnp.concatenate([old.recent[1:], size[None]]),
         largest=jnp.where(counts, jnp.maximum(old.largest, size), old.largest),
-        zeros=_incremented(old.zeros, size == 0),
-        nonfinite=_incremented(old.nonfinite, ~finite),
+        zeros=_increment_if(size == 0, old.zeros),
+        nonfinite=_increment_if(~finite, old.nonfinite),
     )
 
 
-def _incremented(count: jax.Array, happened: jax.Array) -> jax.Array:
-    return count + (happened & (count < MOST)).astype(count.dtype)
+def _found(tree: Tree) -> list[tuple[Any, NormHistory]]:
+    is_history = lambda x: isinstance(x, NormHistory)
+    nodes = jax.tree.leaves_with_path(tree, is_leaf=is_history)
+    return [(path, x) for path, x in nodes if is_history(x)]
 
 
 def _read(history: NormHistory) -> Any:

@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
 from optaxclip import _check, observe
@@ -247,10 +246,7 @@ def _run(log: Any, column: str | None, where: Mapping[str, Any] | None) -> Run:
 def _binned(norms: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Edges, how many norms are between them, and the percentiles."""
     percents = list(PERCENTILES)
-    is_history = lambda x: isinstance(x, observe.NormHistory)
-    is_state = not isinstance(norms, str | os.PathLike) and any(
-        map(is_history, jax.tree.leaves(norms, is_leaf=is_history))
-    )
+    is_state = not isinstance(norms, str | os.PathLike) and observe.holds_history(norms)
     if not is_state:
         sizes = _run(norms, None, None).norms
         sizes = sizes[np.isfinite(sizes) & (sizes > 0)]
@@ -259,11 +255,8 @@ def _binned(norms: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         logs = np.clip(logs, np.median(logs) - far, np.median(logs) + far)
         counts, edges = np.histogram(logs, bins=int(np.clip(np.sqrt(len(logs)), 10, 60)))
         return 2.0**edges, counts, np.percentile(sizes, percents)
-    found = list(observe.histories(norms).values())
-    if len(found) != 1 or found[0].largest.size != 1:
-        held = ", ".join(str(history.largest.size) for history in found)
-        raise ValueError(f"a state of norms must keep one, that of the tree; this one keeps {held}")
-    bins, largest = found[0].bins.reshape(-1), found[0].largest.reshape(())
+    history = observe.only_history(norms)
+    bins, largest = history.bins, history.largest
     if not bins.any():
         raise ValueError("a state of norms must have seen a norm that is finite and above 0")
     first, last = np.flatnonzero(bins)[[0, -1]] + [0, 1]

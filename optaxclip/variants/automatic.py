@@ -21,7 +21,8 @@ def auto_clip(
     For who does not want to choose. From the first step on the limit is 1, the usual default of
     `clip_by_global_norm`; from the second step on it is also at most 1.5 times the median of the
     latest 128 norms, so that a run whose norms are 0.1 is not left alone with a spike of 0.9. It
-    is `threshold.bounded(threshold.multiple(threshold.percentile(50), ratio=1.5), max_norm=1)`.
+    is `bounded(multiple(percentile(50.0, window=128, min_history=1), ratio=1.5), max_norm=1.0)`, of
+    :mod:`optaxclip.threshold`.
 
     What it ended at, and what the best fixed limit of a sweep did, with default settings of the
     programs in examples/:
