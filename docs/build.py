@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import importlib
 import inspect
 import re
@@ -65,7 +66,9 @@ def build(out: Path) -> None:
     others = rf"!optaxclip\.(?!(?:{'|'.join(rooms())})$)"
     with tempfile.TemporaryDirectory() as folder:  # in `out` there may be more than these pages
         pages = Path(folder, "pages")
-        pdoc.pdoc("optaxclip", others, output_directory=pages)
+        # In a checkout, "optaxclip" would be a folder beside the package that is installed.
+        with contextlib.chdir(folder):
+            pdoc.pdoc("optaxclip", others, output_directory=pages)
         for page in pages.rglob("*.*"):
             rename_types(page)
         shutil.copytree(pages, out, dirs_exist_ok=True)

@@ -4,10 +4,10 @@
 there were norms of each size. :func:`norm_summary` reads that, on the host, whenever a person asks;
 :func:`optaxclip.advise.recommend_threshold` makes a limit of it.
 
-The bins are fixed, four for each factor of two from 2^-40 to 2^60, and what is outside counts in
-the outermost ones. A percentile is read by interpolation within a bin, and so is off by less than a
-bin, 2^(1/4) - 1 = 19 %, whatever the norms are like: of the quantiles of the normal distribution, as
-logarithms of norms are roughly normal. So of 4000 norms that scatter by 5 % to 100 %, the 95th
+The bins are fixed, four for each factor of two from 2^-40 to 2^60; the outermost ones also count
+what is outside. A percentile is read within a bin, and so is off by less than 2^(1/4) - 1 = 19 %,
+whatever the norms are like. Quantiles of the normal distribution are interpolated there, not ranks,
+as logarithms of norms are roughly normal. So of 4000 norms that scatter by 5 % to 100 %, the 95th
 percentile is off by 2.5 % at most, and from 0.6 to 1.8 times the 5 % that should be are above it.
 With half as many bins, it is 0 to 2.5 times as many.
 """
@@ -198,7 +198,7 @@ def only_history(opt_state: Tree) -> Any:
     if list(sizes.values()) != [1]:
         held = ", ".join(f"{n} at {place!r}" for place, n in sizes.items())
         raise ValueError(f"a state of norms must keep one, that of the tree; this one has {held}")
-    (history,) = found.values()
+    history = next(iter(found.values()))
     return jax.tree.map(lambda x: x.reshape(x.shape[: x.ndim - history.largest.ndim]), history)
 
 

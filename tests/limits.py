@@ -167,6 +167,12 @@ def fallback(norms, rule, other):
 
 
 @rule
+def multiple(norms, rule, *, ratio):
+    """So many times the limits of another rule."""
+    return ratio * rule(norms)
+
+
+@rule
 def relearning(norms, rule, *, patience=25):
     """Whenever so many norms in a row were above the limit, the rule begins anew with the first."""
     limits, run = rule(norms), 0
@@ -189,5 +195,6 @@ RULES = {
     "moment_ratio": lambda t: t.moment_ratio(),
     "bounded": lambda t: t.bounded(t.growth(1.01), min_norm=1.0, max_norm=3.0),
     "fallback": lambda t: t.fallback(t.ema_ratio(2.0), t.growth(1.5)),
+    "multiple": lambda t: t.multiple(t.ema_ratio(2.0), ratio=1.5),
     "relearning": lambda t: t.relearning(t.growth(1.01)),
 }

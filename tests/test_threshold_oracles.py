@@ -54,6 +54,10 @@ CASES = [
     lambda t: t.bounded(t.ema_ratio(2.0)),
     lambda t: t.bounded(t.relearning(t.growth(1.01), patience=6), max_norm=2.0),
     lambda t: t.relearning(t.bounded(t.growth(1.01), max_norm=2.0), patience=6),
+    # That of auto_clip.
+    lambda t: t.bounded(
+        t.multiple(t.percentile(50.0, window=128, min_history=1), ratio=1.5), max_norm=1.0
+    ),
     lambda t: t.relearning(t.growth(1.01), patience=1),
     lambda t: t.relearning(t.growth(1.01), patience=5),
     lambda t: t.relearning(t.growth(1.01), patience=6),
@@ -175,6 +179,7 @@ TRACED = [
     (lambda t, x: t.ema_ratio(2.0, decay=x), DECAYS),
     (lambda t, x: t.ema_ratio(2.0, warmup=x), np.int32([1, 30])),
     (lambda t, x: t.growth(x), np.float32([1.0625, 2])),
+    (lambda t, x: t.multiple(t.growth(1.5), ratio=x), np.float32([0.5, 2])),
     (lambda t, x: t.growth(1.5, floor=x), np.float32([0, 2])),
     (lambda t, x: t.second_moment(x), np.float32([2, 3])),
     (lambda t, x: t.second_moment(3.0, decay=x), DECAYS),
