@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -77,7 +79,7 @@ class _Strict:
     other time, by as much. Here the factor is (1 - 3.0e-6) limit / norm, products are rounded
     towards zero to the leaf's dtype, and a norm that is less than 9.5e-7 below the limit counts
     as above it. Clipping twice then gives the bits of clipping once. All this holds while a
-    measured norm is right to 16 x 2^-24 = 9.5e-7; the largest error seen is 10.4 x 2^-24, in a
+    measured norm is right to 16 x 2^-24 = 9.5e-7; the largest error seen is 13.5 x 2^-24, in a
     1-norm of equal entries.
 
     Args:
@@ -111,14 +113,36 @@ class _Strict:
 
     def cast(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """`x` in another dtype, rounded towards zero; the derivative is that of a plain cast."""
-        near = x.astype(dtype)
-        inner = jax.lax.stop_gradient(near)
-        over = jnp.abs(inner.astype(x.dtype)) > jnp.abs(jax.lax.stop_gradient(x))
-        step = jnp.nextafter(inner, jnp.zeros_like(inner)) - inner
-        return near + jnp.where(over, step, jnp.zeros_like(step))
+        return _towards_zero(x, dtype)
 
 
 strict = _Strict()
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _towards_zero(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    # What the narrow dtype cannot hold is cut off in the bits of the wide one. Not found by a cast
+    # there and back: on a GPU, XLA takes that for no cast at all.
+    wide, narrow = jnp.finfo(x.dtype), jnp.finfo(dtype)
+    integer = jnp.dtype(f"int{wide.bits}")
+    bits = jax.lax.bitcast_convert_type(x, integer)
+    mask = jnp.asarray(-1 << (wide.nmant - narrow.nmant), integer)
+    cut = jax.lax.bitcast_convert_type(bits & mask, x.dtype)
+    # Below its smallest normal number, it holds multiples of its smallest one.
+    least = float(narrow.smallest_subnormal)
+    if float(narrow.smallest_normal) > float(wide.smallest_normal):
+        small = jnp.abs(x) < float(narrow.smallest_normal)
+        cut = jnp.where(small, jnp.trunc(x / least) * least, cut)
+    most = float(narrow.max)
+    within = jnp.clip(cut, -most, most)
+    return jnp.where(jnp.isfinite(x), within, x).astype(dtype)
+
+
+@_towards_zero.defjvp
+def _towards_zero_jvp(
+    dtype: jnp.dtype, primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    return _towards_zero(primals[0], dtype), tangents[0].astype(dtype)
 
 
 def divided(limit: jax.Array, under: jax.Array) -> jax.Array:
