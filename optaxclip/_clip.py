@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import _check
+from . import _check, _device
 from ._numbers import part, sanitized, where, widen
 from ._place import abstract_norms, beside
 from .measure import Measure
@@ -288,8 +288,12 @@ def _bounded_groups(norm: jax.Array, finite: jax.Array, limit: jax.Array, nonfin
     counts, allowed = jnp.isfinite(norm), jnp.where(_is_bad(limit), 0, limit)
     # The reciprocal of a limit of 2^126 or more would be flushed to 0; and XLA, if it saw both
     # factors, would make one of them.
-    unit = jnp.where(allowed > TOO_LARGE, 1 / TOO_LARGE, 1).astype(norm.dtype)
-    above = jax.lax.optimization_barrier(norm * unit) * (1 / (allowed * unit))
+    if _device.on_gpu():  # which writes to memory what is behind a barrier
+        unit = jnp.where((allowed > TOO_LARGE) & counts, 1 / TOO_LARGE, 1).astype(norm.dtype)
+        above = norm * unit / (allowed * unit)
+    else:
+        unit = jnp.where(allowed > TOO_LARGE, 1 / TOO_LARGE, 1).astype(norm.dtype)
+        above = jax.lax.optimization_barrier(norm * unit) * (1 / (allowed * unit))
     least = 1 + jnp.finfo(norm.dtype).eps  # what is above is not rounded to what is not
     excess = jnp.where(norm > allowed, jnp.maximum(above, least), 1)
     bad = norm if nonfinite == "propagate" else jnp.full_like(norm, jnp.inf)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optaxclip import _device
 from optaxclip._numbers import is_known, largest, real_dtype, where_positive, widen
 
 from . import shards
@@ -93,11 +94,16 @@ def _total(x: jax.Array, axes: Axes | None) -> jax.Array:
 
 def square_sum(leaves: Sequence[jax.Array]) -> jax.Array:
     """The sum of the squares of leaves of one shape, as ()."""
+    return jnp.sum(squares_of(leaves))
+
+
+def squares_of(leaves: Sequence[jax.Array]) -> jax.Array:
+    """The squares of leaves of one shape, added entry by entry."""
     squares = [squared(widen(x)) for x in leaves]
     while len(squares) > 1:  # in pairs: a chain of sixteen would round sixteen times
         odd = squares[len(squares) & ~1 :]
         squares = [*map(jax.lax.add, squares[::2], squares[1::2]), *odd]
-    return jnp.sum(squares[0])
+    return squares[0]
 
 
 def joined(sums: jax.Array, ord: float, over: Names) -> jax.Array:
@@ -135,12 +141,47 @@ def root(total: jax.Array, ord: float) -> jax.Array:
 def in_range(measure: Measure, grads: Tree, params: Tree) -> Tree:
     """The norms of `measure`, right wherever they fit into float32.
 
-    They are measured as they are, and once more times a power of two in a step where some are so
-    small or so large, zero and inf included, that squares may have left the range.
+    On a GPU they are of sums in float64, which the squares do not leave. Elsewhere that would cost:
+    10 M entries on a CPU take 2.3 ms in place of 1.5.
     """
     if not measure.sums:
         return measure.norms(grads, params)
+    doubles = any(real_dtype(g) == jnp.float64 for g in jax.tree.leaves(grads))
+    if measure.wide and _device.on_gpu() and not doubles:
+        return _in_float64(measure, grads, params)
+    return _looked_at_again(measure, grads, params)
 
+
+def _in_float64(measure: Measure, grads: Tree, params: Tree) -> Tree:
+    """The norms as float32, of sums in float64, whether or not the program has it enabled.
+
+    An H100 reads float32 as fast as it squares and adds float64. GPT-2's 124 M entries: a clip of
+    units 0.94 of Optax's step. With float32 sums of the gradients as they are and times two powers
+    of two 1.30, as XLA reads once for two sums of columns; by `lax.cond` more, for the host waits.
+    """
+
+    @jax.custom_jvp
+    def norms(grads: Tree, params: Tree) -> Tree:
+        with jax.enable_x64(True):  # noqa: FBT003 - it is JAX's own
+            seen = jax.tree.map(functools.partial(_widened, wide=True), grads)
+            found = measure.norms(seen, params)
+            return jax.tree.map(lambda norm: norm.astype(jnp.float32), found)
+
+    @norms.defjvp
+    def _(primals: tuple[Tree, Tree], tangents: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
+        # JAX would take derivatives outside the context, where there is no float64.
+        plain = functools.partial(_looked_at_again, measure)
+        return norms(*primals), jax.jvp(plain, primals, tangents)[1]
+
+    return norms(grads, params)
+
+
+def _looked_at_again(measure: Measure, grads: Tree, params: Tree) -> Tree:
+    """The norms, of sums in the dtype of the leaves, float32 at least.
+
+    They are measured as they are, and once more times a power of two in a step where some are so
+    small or so large, zero and inf included, that squares may have left the range.
+    """
     wide = any(real_dtype(g) == jnp.float64 for g in jax.tree.leaves(grads))
     # Widened where it is used, because a branch takes its operands as arrays in memory.
     widened = functools.partial(_widened, wide=wide)

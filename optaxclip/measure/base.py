@@ -22,6 +22,7 @@ class Measure(NamedTuple):
     sums: bool = True  # the engine keeps the sums in it in range; False: no need
     apart: bool = False  # each norm is of its own entries alone, and has an array of their leaf
     entries: bool = False  # a norm is the size of one entry, so that a limit can take its place
+    wide: bool = False  # its sums may be of float64, where the program itself has none
 
 
 def places(tree: Tree) -> list[tuple[str, jax.Array]]:

@@ -12,9 +12,11 @@ from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from optaxclip._numbers import is_known
 
+from .arithmetic import EUCLIDEAN, joined, power_sum, square_sum
 from .base import Tree, places
 from .shards import AxisName, Names, layout, split_over
 
@@ -47,6 +49,26 @@ def together(tree: Tree, axis_name: AxisName) -> list[Bundle]:
         for group in alike.values()
         for part in _parts(group)
     ]
+
+
+def sums(parts: list[Bundle], ord: float) -> jax.Array:
+    """The power sum of every bundle, as one vector."""
+    each = [
+        square_sum(part.leaves) if ord == EUCLIDEAN else power_sum(part.leaves[0], ord)
+        for part in parts
+    ]
+    dtype = jnp.float64 if any(x.dtype == jnp.float64 for x in each) else jnp.float32
+    found = [x.reshape(()).astype(dtype) for x in each]
+    # One collective for all that are split over the same axes.
+    for names in sorted({part.over for part in parts} - {()}):
+        those = [i for i, part in enumerate(parts) if part.over == names]
+        whole = jnp.unstack(joined(jnp.stack([found[i] for i in those]), ord, names))
+        for i, x in zip(those, whole, strict=True):
+            found[i] = x
+    # Without the barrier, XLA makes one chain of additions of this vector and its sum, and fuses
+    # every loop over a leaf into it, so that no two are equal and each is compiled: 3.3 s for 1200
+    # leaves, and 1.0 s with it.
+    return jax.lax.optimization_barrier(jnp.stack(found)) if found else jnp.zeros(0, dtype)
 
 
 def _key(leaf: jax.Array) -> tuple[Any, ...] | None:

@@ -62,7 +62,7 @@ def by_label(labels: Tree, measure: Measure) -> Measure:
         spreads = {label: measure.spread(factors[label], part) for label, part in parts.items()}
         return merge(spreads, grads, keys(grads))
 
-    return Measure(norms, spread, measure.sums)
+    return Measure(norms, spread, measure.sums, wide=measure.wide)
 
 
 def relative(measure: Measure, eps: float | jax.Array) -> Measure:
@@ -220,7 +220,7 @@ def stacked(measure: Measure, axes: AxisRule) -> Measure:
         back = [jnp.moveaxis(f, range(len(a)), a) for f, a in zip(leaves, found, strict=True)]
         return treedef.unflatten(back)
 
-    return Measure(norms, spread, measure.sums)
+    return Measure(norms, spread, measure.sums, wide=measure.wide)
 
 
 def aligned(grads: Tree, params: Tree) -> Tree:

