@@ -42,6 +42,7 @@ class How(NamedTuple):
     seconds: float
     compiles: int
     peers: bool
+    eager: bool
     profile: Path | None
 
 
@@ -79,7 +80,8 @@ def run_group(group: Group, candidates: list[Candidate], how: How, tick: Tick) -
     lower, compile_ = compiled_again(jobs, how.compiles)
     steps = interleaved([*jobs, *others], how.rounds, how.seconds, tick)
     # Not on a CPU that is several devices: eager operations start at once, and wait for ever.
-    calls = [Eager(job) for job in jobs if job.candidate.make and not world.pretended]
+    called = [job for job in jobs if job.candidate.make and how.eager and not world.pretended]
+    calls = [Eager(job) for job in called]
     eager = interleaved(calls, max(3, how.rounds // 3), EAGER_SECONDS, tick)
     times = Times(steps, eager, lower, compile_)
     if how.profile:
@@ -122,7 +124,11 @@ def prepare(
         tick(candidate.name)
         try:
             job = Job(candidate, world)
-            job.compile()
+            twins = [each for each in jobs if job.name == f"{each.name} again"]
+            if twins:  # one program under two names
+                job.take(twins[0])
+            else:
+                job.compile()
             job.sample(1)
             jobs.append(job)
         except Exception as error:  # noqa: BLE001 - whatever stops a candidate is what its row says
@@ -134,7 +140,8 @@ def prepare(
 def compiled_again(jobs: list[Job], compiles: int) -> tuple[dict[str, float], dict[str, float]]:
     """The median seconds of lowering and of compiling, all candidates in turn."""
     for job in [*jobs] * (compiles - 1):
-        job.compile()
+        if not job.taken:
+            job.compile()
     return (
         {job.name: statistics.median(job.lowering) for job in jobs},
         {job.name: statistics.median(job.compiling) for job in jobs},

@@ -56,6 +56,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=int, default=30, help="that count (%(default)s)")
     add("--seconds", type=float, default=math.inf, help="of a group's rounds, at most")
     add("--compiles", type=int, default=1, help="of each step, for the median (%(default)s)")
+    add("--no-eager", action="store_true", help="no calls outside jit, which compile all anew")
     add("--json", type=Path, help="write all numbers to this file")
     add("--plot", type=Path, help="draw the step times into this PNG file")
     add("--profile", type=Path, help="write a profiler trace of three steps of each candidate")
@@ -135,7 +136,7 @@ def main() -> None:
     jax.config.update("jax_enable_compilation_cache", False)  # noqa: FBT003 - it is JAX's own
     device = _results.device(args.devices)
     print(_results.line(device))
-    how = How(args.rounds, args.seconds, args.compiles, args.peers, args.profile)
+    how = How(args.rounds, args.seconds, args.compiles, args.peers, not args.no_eager, args.profile)
     work = [(g, select(args.variants, g.optimizer, peers=args.peers)) for g in groups_of(args)]
     ticks = sum(len(c) + how.rounds + max(3, how.rounds // 3) + 2 * WARMUP for _, c in work)
     rows = []
