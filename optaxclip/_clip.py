@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import _check, _device
-from ._numbers import part, sanitized, where, widen
+from . import _check
+from ._entries import Entries, bounded
+from ._numbers import is_bad, part, sanitized, where, widen
 from ._place import abstract_norms, beside
+from ._summary import Groups, observe
 from .measure import Measure
 from .measure.arithmetic import in_range
-from .record import ClipState, Groups, observe, start
+from .record import ClipState, start
 from .scale import rescale
 from .threshold import Clock, Threshold
 from .threshold.base import choose
@@ -119,24 +121,29 @@ def clip(
         norms, treedef = jax.tree.flatten(measured)
         memories = _apart(state.memory, treedef, norms, threshold)
         limits: list[jax.Array] = []
-        groups: list[Groups] = []
+        entries: list[Entries] = []
+        scaled: list[Groups] = []
         real = not any(map(jnp.iscomplexobj, jax.tree.leaves(grads)))
         bounds = measure.entries and scale is rescale and real
+        leaves = jax.tree.leaves(grads)
         for i, (norm, ok) in enumerate(zip(norms, jax.tree.leaves(finite), strict=True)):
-            limit, memories[i] = _limited(threshold, norm, ok, memories[i])
+            before = memories[i]
+            limit, memories[i] = _limited(threshold, norm, ok, before)
             limits.append(limit)
-            if not bounds:
-                groups.append(_scaled(scale, norm, ok, limit, nonfinite))
-            elif state.metrics is not None:
-                groups.append(_bounded_groups(norm, ok, limit, nonfinite))
+            if bounds:
+                zero = jnp.zeros((), norm.dtype)
+                one_limit = threshold.update(zero, before)[0] if threshold.uniform else None
+                entries.append(Entries(leaves[i], norm, ok, limit, one_limit, nonfinite))
+            else:
+                scaled.append(_scaled(scale, norm, ok, limit, nonfinite))
         spread = lambda parts: measure.spread(treedef.unflatten(parts), grads)
         if bounds:
-            updates = _bounded(grads, spread(limits), nonfinite)
+            updates = bounded(grads, spread(limits), nonfinite)
         else:
-            factors = spread([group.factor for group in groups])
-            bad = spread([~jnp.isfinite(group.norm) for group in groups])
+            factors = spread([group.factor for group in scaled])
+            bad = spread([~jnp.isfinite(group.norm) for group in scaled])
             updates = _multiplied(grads, factors, bad, scale, nonfinite)
-        metrics = None if state.metrics is None else observe(state.metrics, groups)
+        metrics = None if state.metrics is None else observe(state.metrics, entries or scaled)
         memory = treedef.unflatten(memories) if jax.tree.leaves(state.memory) else ()
         return updates, ClipState(memory, metrics)
 
@@ -204,7 +211,7 @@ def _limited(
     shown = jnp.where(jnp.isfinite(size), jnp.minimum(size, TOO_LARGE), 0)
     limit, learned = threshold.update(shown, memory)
     # A hyperparameter that is traced and bad for a step must not be for ever.
-    telling &= ~_is_bad(limit)
+    telling &= ~is_bad(limit)
     telling &= _stays_finite(learned, memory, norm.ndim)
     # Where there is no limit yet, for lack of a past, that is no licence for such a norm.
     limit = jnp.where((size >= TOO_LARGE) & (limit >= TOO_LARGE), 0, limit)
@@ -224,13 +231,6 @@ def _stays_finite(learned: Tree, memory: Tree, ndim: int) -> jax.Array:
     return finite
 
 
-def _is_bad(limit: jax.Array) -> jax.Array:
-    """Whether a limit allows nothing."""
-    # Not ~(limit >= 0): where XLA sees that nothing but NaN could make it true, as it does in
-    # jnp.maximum(limit, 0) >= 0, it takes it for false.
-    return jnp.isnan(limit) | (limit < 0)
-
-
 def _remembers_norms(memory: Tree) -> bool:
     return not all(map(_is_clock, jax.tree.leaves(memory, is_leaf=_is_clock)))
 
@@ -240,7 +240,7 @@ def _scaled(
 ) -> Groups:
     """The factors, and the rest of what the record needs."""
     counts = jnp.isfinite(norm)  # under "sanitize", of what is left without the bad entries
-    allowed = jnp.where(_is_bad(limit), 0, limit)
+    allowed = jnp.where(is_bad(limit), 0, limit)
     if nonfinite == "propagate":
         # A norm of inf or NaN has the factor that limit / norm would have.
         factor = jnp.where(counts, scale(norm, allowed), 1 / norm)
@@ -281,41 +281,3 @@ def _multiplied(grads: Tree, factors: Tree, bad: Tree, scale: Scale, nonfinite: 
         # unchanged is not taken from there: in a loop, jax 0.12 flushes bfloat16 on its way.
         hidden = jax.lax.optimization_barrier(grads)
     return jax.tree.map(multiplied, grads, hidden, each(factors), each(bad), each(is_1))
-
-
-def _bounded_groups(norm: jax.Array, finite: jax.Array, limit: jax.Array, nonfinite: str) -> Groups:
-    """What the record needs of entries that have a limit each."""
-    counts, allowed = jnp.isfinite(norm), jnp.where(_is_bad(limit), 0, limit)
-    # The reciprocal of a limit of 2^126 or more would be flushed to 0; and XLA, if it saw both
-    # factors, would make one of them.
-    if _device.on_gpu():  # which writes to memory what is behind a barrier
-        unit = jnp.where((allowed > TOO_LARGE) & counts, 1 / TOO_LARGE, 1).astype(norm.dtype)
-        above = norm * unit / (allowed * unit)
-    else:
-        unit = jnp.where(allowed > TOO_LARGE, 1 / TOO_LARGE, 1).astype(norm.dtype)
-        above = jax.lax.optimization_barrier(norm * unit) * (1 / (allowed * unit))
-    least = 1 + jnp.finfo(norm.dtype).eps  # what is above is not rounded to what is not
-    excess = jnp.where(norm > allowed, jnp.maximum(above, least), 1)
-    bad = norm if nonfinite == "propagate" else jnp.full_like(norm, jnp.inf)
-    most = jnp.minimum(norm, allowed)
-    clipped_norm = jnp.where(counts, most, jnp.nan if nonfinite == "propagate" else 0)
-    return Groups(norm, clipped_norm, limit, None, finite, jnp.where(counts, excess, bad))
-
-
-def _bounded(grads: Tree, limits: Tree, nonfinite: str) -> Tree:
-    """What `rescale` makes of real entries that have a limit each.
-
-    Not by a factor: XLA takes a quotient for expensive, and writes it to memory where it has two
-    uses, as in Adam. clip_by_value and AdamW, 10 M entries: 28.8 ms by factors, 15.7 so.
-    """
-
-    def bounded(grad: jax.Array, limit: jax.Array) -> jax.Array:
-        x, allowed = widen(grad), jnp.where(_is_bad(limit), 0, limit)
-        size = jnp.abs(x)
-        most = jnp.where(x < 0, -allowed, allowed)
-        other = jnp.nan if nonfinite == "propagate" else 0
-        most = jnp.where(size < jnp.inf, most, jnp.full_like(x, other))
-        kept = (size <= allowed) & (size < jnp.inf)
-        return where(kept, grad, most.astype(grad.dtype))
-
-    return jax.tree.map(bounded, grads, limits)

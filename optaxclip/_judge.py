@@ -20,10 +20,11 @@ from ._clip import TOO_LARGE, _apart, _blank, _limited, _stays_finite
 from ._numbers import as_like
 from ._place import abstract_norms, beside
 from ._range import Steps
+from ._summary import in_place, increment_if, maximum
 from .measure import Measure, shards
 from .measure.arithmetic import in_range
 from .measure.shards import _is_tracked
-from .record import SkipMetrics, SkipRecord, _increment_if, _most
+from .record import SkipMetrics, SkipRecord
 from .threshold import Threshold
 from .threshold.base import choose
 
@@ -105,7 +106,7 @@ def judged(
     gives_way = above & (memory.run.length.astype(jnp.float32) >= patience)
     verdict = _Verdict(nonfinite | (above & ~gives_way), nonfinite, gives_way)
 
-    run = jnp.where(verdict.skip, _increment_if(above, memory.run.length), 0)
+    run = jnp.where(verdict.skip, increment_if(above, memory.run.length), 0)
     after = lambda groups: [_after(g, verdict, learns_all=judge.learns_all) for g in groups]
     norm_memory = treedef.unflatten(after(norms)) if jax.tree.leaves(memory.norm) else ()
     loss_memory = after(losses)[0] if losses else memory.loss
@@ -162,16 +163,19 @@ def _observed(
     sizes = _no_metrics()
     there = [group for group in norms if group.size.size]
     if there:
-        most = lambda arrays: jnp.max(jnp.stack(list(map(_most, arrays))))
+        most = lambda arrays: jnp.max(jnp.stack(list(map(maximum, arrays))))
         largest, least = most([g.size for g in there]), -most([-g.limit for g in there])
         sizes = sizes._replace(norm=largest, limit=least)
     for group in losses:
         sizes = sizes._replace(loss=group.size, loss_limit=group.limit)
-    return sizes._replace(
+    sizes = sizes._replace(
         skipped=skip.astype(jnp.int32),
         consecutive=jnp.where(skip, optax.safe_increment(before.consecutive), 0),
         steps=optax.safe_increment(before.steps),
-        skipped_steps=_increment_if(skip, before.skipped_steps),
-        nonfinite_steps=_increment_if(nonfinite, before.nonfinite_steps),
-        gave_way_steps=_increment_if(gives_way, before.gave_way_steps),
+        skipped_steps=increment_if(skip, before.skipped_steps),
+        nonfinite_steps=increment_if(nonfinite, before.nonfinite_steps),
+        gave_way_steps=increment_if(gives_way, before.gave_way_steps),
     )
+    unread = ("norm", "limit", "loss", "loss_limit", "skipped")
+    kept = {n: in_place(getattr(before, n), getattr(sizes, n), before.steps) for n in unread}
+    return sizes._replace(**kept)

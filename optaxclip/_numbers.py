@@ -50,6 +50,13 @@ def sanitized(x: jax.Array) -> jax.Array:
     return where(jnp.isfinite(x), x, jnp.zeros_like(x))
 
 
+def is_bad(limit: jax.Array) -> jax.Array:
+    """Whether a limit allows nothing."""
+    # Not ~(limit >= 0): where XLA sees that nothing but NaN could make it true, as it does in
+    # jnp.maximum(limit, 0) >= 0, it takes it for false.
+    return jnp.isnan(limit) | (limit < 0)
+
+
 def where(mask: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
     """`jnp.where`, bit for bit: XLA:CPU may choose narrow floats as float32, and flush them."""
     # Wider ones are chosen as they are, and 4 bits cannot be cast.

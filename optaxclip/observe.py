@@ -27,9 +27,10 @@ from . import _check
 from ._numbers import part
 from ._place import abstract_norms, beside
 from ._range import Count, Range, named, plain
+from ._summary import increment_if
 from .measure import Measure, global_norm
 from .measure.arithmetic import in_range
-from .record import ClipState, _increment_if
+from .record import ClipState
 
 Tree = Any
 
@@ -258,11 +259,11 @@ def _learned(old: NormHistory, norm: jax.Array) -> NormHistory:
     each = jax.lax.broadcasted_iota(jnp.int32, old.bins.shape, 0)
     hit = (each == own[None]) & counts[None]
     return NormHistory(
-        bins=_increment_if(hit, old.bins),
+        bins=increment_if(hit, old.bins),
         recent=jnp.concatenate([old.recent[1:], size[None]]),
         largest=jnp.where(counts, jnp.maximum(old.largest, size), old.largest),
-        zeros=_increment_if(size == 0, old.zeros),
-        nonfinite=_increment_if(~finite, old.nonfinite),
+        zeros=increment_if(size == 0, old.zeros),
+        nonfinite=increment_if(~finite, old.nonfinite),
     )
 
 

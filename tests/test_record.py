@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import roster
 import trees
 from oracles import VARIANTS, once
 
@@ -12,6 +13,7 @@ import optaxclip as oc
 from optaxclip.record import SkipMetrics
 from optaxclip.skipping import skip_step
 
+ONE = pytest.mark.skipif(jax.device_count() > 1, reason="without a mesh: make test has one device")
 GRADS = {"large": jnp.array([3.0, 4.0]), "small": jnp.array([0.5])}
 FIELDS = set(oc.Metrics._fields)
 
@@ -281,3 +283,75 @@ def test_metrics_have_a_derivative(make):
     trees.assert_close(
         jax.grad(norm)(grads), {"large": np.array([0.6, 0.8]), "small": np.zeros(1)}, 1e-6
     )
+
+
+BAD = {"nothing": [], "inf": [np.inf], "both": [-np.inf, np.nan]}
+
+
+@ONE
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("nonfinite", ["zero", "propagate", "sanitize"])
+@pytest.mark.parametrize("limit", [1.0, -0.0, 3e38, np.inf, np.nan, -1.0])
+@pytest.mark.parametrize("bad", BAD)
+def test_one_limit_for_all_entries_is_read_as_one_for_each(bad, limit, nonfinite, gpu, monkeypatch):
+    """What is read of entries under one limit is what is found entry by entry."""
+    monkeypatch.setattr(oc._device, "on_gpu", lambda: gpu)
+    rng = np.random.default_rng(0)
+    grads = {
+        "small": jnp.float32([0.5, -1.0, 1.0, 2.0, 0.0, *BAD[bad]]),
+        "rows": jnp.asarray(rng.normal(size=(40, 300)), jnp.float32),
+        "narrow": jnp.asarray(rng.normal(size=9), jnp.bfloat16),
+        "scalar": jnp.float32(-3.0),
+    }
+    one = oc.threshold.constant(jnp.float32(limit))
+    each = one._replace(uniform=False)
+    metrics = lambda limits: jax.jit(
+        lambda g: once(oc.clip(oc.measure.element(), limits, nonfinite=nonfinite), g)[1].metrics
+    )(grads)
+
+    found, expected = metrics(one), metrics(each)
+
+    # A quotient that is taken once, or for every entry by a reciprocal.
+    for name, x, y in zip(found._fields, found, expected, strict=True):
+        np.testing.assert_allclose(x, y, 4 * 2.0**-24, err_msg=name)
+
+
+def test_metrics_of_entries_under_one_limit():
+    """Largest entries, the smallest factor and the share that is clipped, counted by hand."""
+    grads = {"a": jnp.float32([[0.5, -4.0], [2.0, np.nan]]), "b": jnp.float32([1.0, 1.5])}
+
+    found = values(once(oc.clip_by_value(1.0), grads)[1])
+    good = values(once(oc.clip_by_value(1.0), {"a": grads["a"][0], "b": grads["b"]})[1])
+
+    assert np.isnan(found["norm"])
+    assert (found["clipped_norm"], found["factor"], found["nonfinite_steps"]) == (1, 0, 1)
+    assert found["clipped"] == 0.5
+    assert (good["norm"], good["clipped_norm"], good["factor"]) == (4, 1, 0.25)
+    assert (good["clipped"], good["nonfinite_steps"]) == (0.5, 0)
+
+
+def test_derivative_of_the_metrics_of_entries():
+    """The largest entry has the derivative of a maximum, before the clip and within the limit."""
+    read = lambda g: once(oc.clip_by_value(10.0), g)[1].metrics
+    grads = jnp.float32([1.0, -3.0, 2.0])
+
+    norm, clipped = (
+        jax.grad(lambda g, n=n: getattr(read(g), n))(grads) for n in ("norm", "clipped_norm")
+    )
+
+    np.testing.assert_array_equal(norm, [0, -1, 0])
+    np.testing.assert_array_equal(clipped, [0, -1, 0])
+
+
+@pytest.mark.parametrize("name", [*roster.EVERY, *roster.BEYOND])
+def test_a_donated_state_is_updated_in_place(name):
+    """Every array of the state takes the buffer of the old one: a new one costs a GPU 0.6 ms."""
+    tx = (roster.EVERY | roster.BEYOND)[name].make()
+    params = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
+    state = tx.init(params)
+
+    step = jax.jit(lambda state: tx.update(params, state, params), donate_argnums=0)
+    text = step.lower(state).compile().as_text()
+
+    aliased = text[: text.index("entry_computation_layout")].count("-alias)")
+    assert aliased == len(jax.tree.leaves(state))

@@ -52,7 +52,12 @@ def test_normalize_has_a_derivative_where_the_quotient_overflows():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn])
 def test_strict_rounds_towards_zero(dtype):
     """The cast of `strict` never rounds up, is the nearest below, and has the slope of a cast."""
-    x = jnp.asarray(np.random.default_rng(0).normal(size=1000), jnp.float32)
+    rng = np.random.default_rng(0)
+    # Down to where the dtype has but a few numbers left.
+    least = float(jnp.finfo(dtype).smallest_normal)
+    sizes = np.concatenate([np.ones(1000), np.exp2(rng.uniform(-6, 2, 1000)) * least])
+    x = jnp.asarray(rng.normal(size=2000) * sizes, jnp.float32)
+    x = x[np.abs(x) >= np.finfo(np.float32).smallest_normal]  # XLA flushes what is smaller
 
     low = scale.strict.cast(x, dtype)
 

@@ -270,8 +270,8 @@ def test_one_collective_for_leaves_that_are_split_alike():
         lambda g: tx.update(g, tx.init(g))[0], mesh=mesh(), in_specs=P("x"), out_specs=P("x")
     )
     text = jax.jit(program).lower(grads).as_text()
-    # Once as they are, and once in each of the branches that measure again.
-    assert text.count("all_reduce") == 3
+    # Once as they are, and once in each of the branches that measure again; a GPU has none.
+    assert text.count("all_reduce") == (1 if oc._device.on_gpu() else 3)
 
 
 @pytest.mark.parametrize("said", ["x", None])

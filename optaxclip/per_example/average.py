@@ -13,8 +13,8 @@ import numpy as np
 
 from optaxclip import _check, scale
 from optaxclip._check import _refuse, _shown
-from optaxclip._clip import Scale, _is_bad, clip
-from optaxclip._numbers import part, real_dtype, widen
+from optaxclip._clip import Scale, clip
+from optaxclip._numbers import is_bad, part, real_dtype, widen
 from optaxclip.measure import Measure, global_norm, stacked
 from optaxclip.measure.arithmetic import in_range
 from optaxclip.measure.base import places
@@ -177,7 +177,7 @@ def examples_of(
 
     def is_clipped(norm: jax.Array) -> jax.Array:
         limit = jnp.full_like(norm, max_norm)
-        limit = jnp.where(_is_bad(limit), 0, limit)  # as the engine takes it
+        limit = jnp.where(is_bad(limit), 0, limit)  # as the engine takes it
         ok = jnp.isfinite(norm)
         return ok & (rule(jnp.where(ok, norm, 1), limit) < 1)
 

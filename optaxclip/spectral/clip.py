@@ -15,9 +15,10 @@ from optaxclip._clip import NONFINITE
 from optaxclip._numbers import part, real_dtype
 from optaxclip._place import beside
 from optaxclip._range import Range
+from optaxclip._summary import observe
 from optaxclip.measure.base import places
 from optaxclip.measure.shards import AxisName
-from optaxclip.record import ClipState, observe, start
+from optaxclip.record import ClipState, start
 from optaxclip.threshold import constant
 
 from .leaf import How, clip_leaf

@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from optaxclip._clip import _is_bad
-from optaxclip._numbers import sanitized, where, widen
-from optaxclip.record import Groups
+from optaxclip._numbers import is_bad, sanitized, where, widen
+from optaxclip._summary import Groups
 
 from .matrices import Layout, as_before, as_real, like, unit, where_was
 from .power_iteration import estimate
@@ -56,7 +55,7 @@ def _clip_stack(
     x = widen(given)
     x = jnp.where(good, x, jnp.zeros_like(x))
     power = unit(x)
-    allowed = jnp.where(_is_bad(limit), 0, limit).astype(power.dtype)
+    allowed = jnp.where(is_bad(limit), 0, limit).astype(power.dtype)
     c = jnp.minimum(allowed * power, MOST)
     near = jnp.maximum(c, LEAST)
     scaled = x * power.astype(x.dtype)

@@ -20,6 +20,7 @@ class Threshold(NamedTuple):
 
     init: Callable[[Any], Memory]  # norm (anything with shape and dtype) -> memory
     update: Callable[[jax.Array, Memory], tuple[jax.Array, Memory]]  # -> limit like norm, memory
+    uniform: bool = False  # whether one limit is for all norms, whatever they are
 
 
 class Clock(NamedTuple):

@@ -47,6 +47,7 @@ def constant(limit: Limit) -> Threshold:
     return Threshold(
         lambda norm: (),
         lambda norm, memory: (jnp.full_like(norm, limit), memory),
+        uniform=True,
     )
 
 
@@ -56,4 +57,4 @@ def _scheduled(schedule: Callable[[jax.Array], Any]) -> Threshold:
         _check.scheduled(limit)
         return jnp.full_like(norm, limit), ticked(memory)
 
-    return Threshold(lambda norm: started(), update)
+    return Threshold(lambda norm: started(), update, uniform=True)
