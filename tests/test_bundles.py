@@ -120,12 +120,8 @@ def test_no_array_of_the_size_of_the_gradients(make, dtype):
     compiled = jax.jit(tx.update).lower(grads, tx.init(grads), grads).compile()
 
     total = sum(x.nbytes for x in grads.values())
-    # A broadcast float32 for the second look, as large as one leaf of six, may be there. A fault
-    # that is known: jax 0.12 writes |g| out for the metrics of entries, in float32, which 0.10 does
-    # not.
-    known = make is oc.clip_by_value and jax.__version_info__ >= (0, 11)
-    most = 4.1 / jnp.dtype(dtype).itemsize if known else 0.4
-    assert compiled.memory_analysis().temp_size_in_bytes < most * total
+    # A broadcast float32 for the second look, as large as one leaf of six, may be there.
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.4 * total
 
 
 def test_adam_reads_clipped_entries_twice_without_an_array_of_them():
