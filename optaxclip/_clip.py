@@ -254,6 +254,7 @@ def _scaled(
 def _multiplied(grads: Tree, factors: Tree, bad: Tree, scale: Scale, nonfinite: str) -> Tree:
     cast = getattr(scale, "cast", lambda x, dtype: x.astype(dtype))
 
+    @jax.jit  # traced and lowered once for all leaves of one shape
     def multiplied(
         grad: jax.Array, hidden: jax.Array, factor: jax.Array, bad: jax.Array, is_1: jax.Array
     ) -> jax.Array:

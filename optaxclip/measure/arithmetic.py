@@ -141,13 +141,15 @@ def root(total: jax.Array, ord: float) -> jax.Array:
 def in_range(measure: Measure, grads: Tree, params: Tree) -> Tree:
     """The norms of `measure`, right wherever they fit into float32.
 
-    On a GPU they are of sums in float64, which the squares do not leave. Elsewhere that would cost:
-    10 M entries on a CPU take 2.3 ms in place of 1.5.
+    Where that costs no time, they are of sums in float64, which the squares do not leave.
     """
     if not measure.sums:
         return measure.norms(grads, params)
-    doubles = any(real_dtype(g) == jnp.float64 for g in jax.tree.leaves(grads))
-    if measure.wide and _device.on_gpu() and not doubles:
+    leaves = jax.tree.leaves(grads)
+    doubles = any(real_dtype(g) == jnp.float64 for g in leaves)
+    # XLA:CPU would write the squares of units to memory, 8 bytes each.
+    wide = measure.wide and (_device.on_gpu() or not measure.apart)
+    if wide and not doubles and _device.float64_is_free(leaves):
         return _in_float64(measure, grads, params)
     return _looked_at_again(measure, grads, params)
 
@@ -158,6 +160,7 @@ def _in_float64(measure: Measure, grads: Tree, params: Tree) -> Tree:
     An H100 reads float32 as fast as it squares and adds float64. GPT-2's 124 M entries: a clip of
     units 0.94 of Optax's step. With float32 sums of the gradients as they are and times two powers
     of two 1.30, as XLA reads once for two sums of columns; by `lax.cond` more, for the host waits.
+    A CPU compiles a clip of 1200 small leaves in 0.55 of the time of Optax's, in place of 0.76.
     """
 
     @jax.custom_jvp
@@ -192,8 +195,10 @@ def _looked_at_again(measure: Measure, grads: Tree, params: Tree) -> Tree:
 
     def times(powers: Tree, spread: Tree, product: Callable[..., Any] = operator.mul) -> Tree:
         """The norms of the gradients times powers of two, over these."""
-        seen, each = jax.tree.map(widened, grads), jax.tree.broadcast(spread, grads)
-        scaled = jax.tree.map(lambda g, p: product(g, p.astype(g.dtype)), seen, each)
+        each = jax.tree.broadcast(spread, grads)
+        # Traced and lowered once for all leaves of one shape.
+        scale = jax.jit(lambda g, p: product(g, p.astype(g.dtype)))
+        scaled = jax.tree.map(scale, jax.tree.map(widened, grads), each)
         found = measure.norms(scaled, params)
         return jax.tree.map(lambda n, p: n / p.astype(n.dtype), found, powers)
 
