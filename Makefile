@@ -33,8 +33,7 @@ ifeq ($(PYTHON),)
 endif
 
 # The tests pretend to have eight devices. With one, leaves are bundled and metrics are taken in
-# one read, so what this concerns is tested once more, written as for large leaves; and again,
-# written as for a GPU.
+# one read, so what this concerns is tested once more; and again written as for a GPU.
 ONE_DEVICE := --xla_force_host_platform_device_count=1
 
 # Not `python -m pytest`, which would put the checkout before the wheel.
@@ -42,7 +41,7 @@ suite:
 	@$(BIN)/python -c "import jax, sys; print('Python', sys.version.split()[0], 'jax', jax.__version__)"
 	OPTAXCLIP_TESTED=wheel $(BIN)/pytest -q -n auto --dist worksteal --durations=10 \
 	  --pyargs optaxclip tests/ $(ARGS)
-	XLA_FLAGS=$(ONE_DEVICE) OPTAXCLIP_PRETEND_LARGE=1 OPTAXCLIP_TESTED=wheel $(BIN)/pytest -q -n auto --dist worksteal \
+	XLA_FLAGS=$(ONE_DEVICE) OPTAXCLIP_TESTED=wheel $(BIN)/pytest -q -n auto --dist worksteal \
 	  tests/test_bundles.py tests/test_clip.py tests/test_measure.py tests/test_record.py
 	XLA_FLAGS=$(ONE_DEVICE) OPTAXCLIP_PRETEND_GPU=1 OPTAXCLIP_TESTED=wheel $(BIN)/pytest -q -n auto \
 	  --dist worksteal tests/test_clip.py tests/test_measure.py tests/test_record.py

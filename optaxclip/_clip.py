@@ -1,4 +1,4 @@
-"""The engine, the only file that touches gradients: measure -> threshold -> scale -> record."""
+"""The engine, which touches gradients: measure -> threshold -> scale or bound -> record."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .measure.arithmetic import in_range
 from .record import ClipState, start
 from .scale import rescale
 from .threshold import Clock, Threshold
-from .threshold.base import choose
+from .threshold.base import choose, is_uniform
 
 Tree = Any
 Scale = Callable[[jax.Array, jax.Array], jax.Array]
@@ -127,13 +127,11 @@ def clip(
         bounds = measure.entries and scale is rescale and real
         leaves = jax.tree.leaves(grads)
         for i, (norm, ok) in enumerate(zip(norms, jax.tree.leaves(finite), strict=True)):
-            before = memories[i]
-            limit, memories[i] = _limited(threshold, norm, ok, before)
+            limit, memories[i] = _limited(threshold, norm, ok, memories[i])
             limits.append(limit)
             if bounds:
-                zero = jnp.zeros((), norm.dtype)
-                one_limit = threshold.update(zero, before)[0] if threshold.uniform else None
-                entries.append(Entries(leaves[i], norm, ok, limit, one_limit, nonfinite))
+                uniform = is_uniform(threshold)
+                entries.append(Entries(leaves[i], norm, ok, limit, uniform, nonfinite))
             else:
                 scaled.append(_scaled(scale, norm, ok, limit, nonfinite))
         spread = lambda parts: measure.spread(treedef.unflatten(parts), grads)

@@ -19,17 +19,18 @@ from ._numbers import is_bad, where, widen
 Tree = Any
 
 TOO_LARGE = 2.0**64  # no limit from here on is divided by as it is
+NORMAL = np.int32(0x00800000)  # the bits of the smallest normal number
 BAD = np.int32(0x7F800000)  # the bits of inf; those of NaN are more, those of numbers are less
 
 
 class Entries(NamedTuple):
     """One step of one leaf, entry by entry."""
 
-    grad: jax.Array  # the leaf
+    grad: jax.Array  # the leaf; of packed ones the first, as nobody reads it then
     norm: jax.Array  # float32 or float64, |g| of every entry that counts
     finite: jax.Array  # bool, as norm, whether what came in was finite
     limit: jax.Array  # as norm
-    one_limit: Any  # () as norm, where it is the same for all leaves; else None
+    uniform: bool  # whether that is one limit for all entries of all leaves
     nonfinite: str  # the policy
 
 
@@ -83,7 +84,8 @@ def read_once(entries: Entries) -> tuple[jax.Array, ...]:
     Returns:
       float32 each, of all entries, or on a GPU of every row.
     """
-    grad, norm, finite, _, limit, nonfinite = entries
+    grad, norm, finite, limits, _, nonfinite = entries
+    limit = limits[(0,) * limits.ndim]
     most, most_finite, clipped, bad = _extremes(norm, grad, finite, limit, nonfinite)
     last = most if nonfinite == "propagate" else most_finite
     clipped_norm, _ = bounded_norms(last, limit, nonfinite)
@@ -99,7 +101,8 @@ def _extremes(
     # Sizes as integers, which XLA:CPU may reorder, and so makes fast.
     bits = _bits(norm)
     allowed = _bits(jnp.where(is_bad(limit), 0, jnp.abs(limit)))  # -0 is none
-    above = bits > jnp.minimum(allowed, BAD - 1)
+    # Nothing is above inf; and what is below the normal numbers is not above 0, as XLA:CPU has it.
+    above = bits > jnp.clip(allowed, NORMAL - 1, BAD - 1)
     axes = axes_read(norm)
     if nonfinite == "sanitize":  # nothing is beyond any more
         most, count, bad = maxima_and_counts([bits], [above, ~finite], axes)
@@ -128,8 +131,9 @@ def _extremes_jvp(nonfinite: str, primals: Any, tangents: Any) -> tuple[Any, Any
     finite = lambda x: jnp.where(jnp.isfinite(norm), x, jnp.zeros_like(x))
     largest = lambda x, dx: jax.jvp(lambda x: jnp.max(x, axes_read(x)), (x,), (dx,))[1]
     value = _extremes(*primals, nonfinite)  # integers have no derivative
-    sizes = largest(norm, moved), largest(finite(norm), finite(moved))
-    return value, (*sizes, *map(jnp.zeros_like, value[2:]))
+    within = largest(finite(norm), finite(moved))
+    whole = jnp.where(jnp.isfinite(value[0]), within, jnp.zeros_like(within))
+    return value, (whole, within, *map(jnp.zeros_like, value[2:]))
 
 
 def _bits(norm: jax.Array) -> jax.Array:

@@ -16,7 +16,8 @@ from ._numbers import is_known
 from .measure import shards
 from .record import Metrics
 
-SMALL = 2**12  # norms of a leaf that are packed with others, as of its units; not of its entries
+SMALL = 2**12  # norms of a leaf that are packed with others, as of its units
+FEW = 2**10  # entries of a leaf that are, on a GPU
 
 
 class Groups(NamedTuple):
@@ -91,17 +92,20 @@ def _packed(groups: Sequence[Groups | Entries]) -> Sequence[Groups | Entries]:
     small = [
         g
         for g in groups
-        if (getattr(g, "factor", None) is not None or _device.on_gpu())
+        if (isinstance(g, Groups) or (g.uniform and _device.on_gpu()))
         and (shards.layout(g.norm), g.norm.dtype) == ((), jnp.float32)
         and is_known(g.norm.size)
-        and g.norm.size <= SMALL
+        and 0 < g.norm.size <= (SMALL if isinstance(g, Groups) else FEW)
     ]
     if len(small) < 2:
         return groups
 
+    entries = isinstance(small[0], Entries)
+    alike_in_all = ("grad", "limit", "uniform", "nonfinite") if entries else ()
+
     def packed(field: str) -> Any:
         parts = [getattr(g, field) for g in small]
-        if parts[0] is None or field in ("grad", "one_limit", "nonfinite"):
+        if parts[0] is None or field in alike_in_all:
             return parts[0]
         alike = [jnp.broadcast_to(x, g.norm.shape) for x, g in zip(parts, small, strict=True)]
         # Without the barrier, XLA would fuse what makes a part into the loop over all.
@@ -116,9 +120,9 @@ def _summary(g: Groups | Entries) -> _Summary:
     one_device = shards.layout(g.norm) == () and g.norm.dtype == jnp.float32
     at_once = one_device and is_known(g.norm.size) and 1 < g.norm.size < 2**31  # int32 counts
     if isinstance(g, Entries):
-        if at_once and g.one_limit is not None:
+        if at_once and g.uniform:
             norm, clipped_norm, factor, clipped, bad = read_once(g)
-            limit = jnp.broadcast_to(g.one_limit, norm.shape)
+            limit = jnp.broadcast_to(g.limit[(0,) * g.limit.ndim], norm.shape)
             return _Summary(norm, clipped_norm, limit, factor, clipped, bad)
         g = Groups.of(g)
     alike = lambda x: jnp.broadcast_to(x.astype(g.norm.dtype), g.norm.shape)

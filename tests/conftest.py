@@ -19,10 +19,6 @@ if TESTED:
 if os.environ.get("OPTAXCLIP_PRETEND_GPU"):
     optaxclip._device.on_gpu = lambda: True
 
-# What is written for large leaves is right for small ones.
-if os.environ.get("OPTAXCLIP_PRETEND_LARGE"):
-    optaxclip._device.FREE = -1
-
 
 @pytest.fixture(autouse=True)
 def hostile():

@@ -124,6 +124,18 @@ def test_no_array_of_the_size_of_the_gradients(make, dtype):
     assert compiled.memory_analysis().temp_size_in_bytes < 0.4 * total
 
 
+@ONE
+@pytest.mark.parametrize("make", [oc.clip_by_global_norm, oc.clip_by_norm, oc.clip_by_value])
+def test_no_such_array_of_many_small_leaves(make):
+    """Small leaves of many shapes are not laid together."""
+    grads = {f"{i:02}": jnp.ones(4000 + i) for i in range(60)}
+    tx = make()
+    compiled = jax.jit(tx.update).lower(grads, tx.init(grads)).compile()
+
+    most = 0.4 * sum(x.nbytes for x in grads.values())
+    assert compiled.memory_analysis().temp_size_in_bytes < most
+
+
 def test_adam_reads_clipped_entries_twice_without_an_array_of_them():
     """In a step with Adam, clip_by_value needs no array more than Adam does."""
     params = {name: jnp.ones(shape) for name, shape in TREE.items()}

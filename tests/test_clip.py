@@ -844,3 +844,24 @@ def test_a_threshold_may_begin_with_inf():
     for _ in range(3):
         _, state = tx.update(jnp.ones(1), state)
     np.testing.assert_array_equal(tx.update(jnp.full(1, 9.0), state)[0], [1.0])
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("measure", ["tree", "leaf", "unit"])
+def test_derivatives_of_a_mapped_clip(measure, gpu, monkeypatch):
+    """Reverse mode through a vmapped clip is what it is one by one, at any scale and for zeros."""
+    monkeypatch.setattr(oc._device, "on_gpu", lambda: gpu)
+    measures = {"tree": oc.measure.global_norm, "leaf": oc.measure.leaf_norm}
+    norm = (measures | {"unit": oc.measure.unit_norm})[measure]()
+    rows = trees.normal(4, 3, 5) * jnp.float32([1, 1e-30, 1e25, 0]).reshape(4, 1, 1)
+    limits = jnp.float32([0.5, 1e-31, 1e24, 1.0])
+
+    def loss(grads, limit):
+        tx = oc.clip(norm, oc.threshold.constant(limit))
+        return jnp.sum(jnp.sin(once(tx, {"a": grads, "b": grads[0]})[0]["a"] / limit))
+
+    found = jax.grad(lambda rows: jnp.sum(jax.vmap(loss)(rows, limits)))(rows)
+    expected = jnp.stack([jax.grad(loss)(g, m) for g, m in zip(rows, limits, strict=True)])
+
+    scale = limits.reshape(4, 1, 1)
+    np.testing.assert_allclose(found * scale, expected * scale, 1e-5, 1e-6)

@@ -1,4 +1,4 @@
-"""numbers -> norm: the one file that adds numbers up, in float32 whatever the leaf's dtype.
+"""numbers -> norm: how numbers are added up, in float32 at least whatever the leaf's dtype.
 
 A float32 sum of squares is right only while the squares are neither flushed to zero nor beyond
 the largest float. :func:`in_range` keeps it there for all normal numbers, 1.2e-38 to 3.4e38, as
@@ -141,15 +141,13 @@ def root(total: jax.Array, ord: float) -> jax.Array:
 def in_range(measure: Measure, grads: Tree, params: Tree) -> Tree:
     """The norms of `measure`, right wherever they fit into float32.
 
-    Where that costs no time, they are of sums in float64, which the squares do not leave.
+    On a GPU they are of sums in float64, which the squares do not leave. Elsewhere that would cost:
+    10 M entries on a CPU take 2.3 ms in place of 1.5.
     """
     if not measure.sums:
         return measure.norms(grads, params)
-    leaves = jax.tree.leaves(grads)
-    doubles = any(real_dtype(g) == jnp.float64 for g in leaves)
-    # XLA:CPU would write the squares of units to memory, 8 bytes each.
-    wide = measure.wide and (_device.on_gpu() or not measure.apart)
-    if wide and not doubles and _device.float64_is_free(leaves):
+    doubles = any(real_dtype(g) == jnp.float64 for g in jax.tree.leaves(grads))
+    if measure.wide and _device.on_gpu() and not doubles:
         return _in_float64(measure, grads, params)
     return _looked_at_again(measure, grads, params)
 
@@ -160,7 +158,6 @@ def _in_float64(measure: Measure, grads: Tree, params: Tree) -> Tree:
     An H100 reads float32 as fast as it squares and adds float64. GPT-2's 124 M entries: a clip of
     units 0.94 of Optax's step. With float32 sums of the gradients as they are and times two powers
     of two 1.30, as XLA reads once for two sums of columns; by `lax.cond` more, for the host waits.
-    A CPU compiles a clip of 1200 small leaves in 0.55 of the time of Optax's, in place of 0.76.
     """
 
     @jax.custom_jvp
@@ -172,14 +169,22 @@ def _in_float64(measure: Measure, grads: Tree, params: Tree) -> Tree:
 
     @norms.defjvp
     def _(primals: tuple[Tree, Tree], tangents: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
-        # JAX would take derivatives outside the context, where there is no float64.
-        plain = functools.partial(_looked_at_again, measure)
+        # JAX would take derivatives outside the context, where there is no float64; and no
+        # transpose of a `lax.cond` that is in such a rule and vmapped.
+        plain = functools.partial(_looked_at_again, measure, cond=_both)
         return norms(*primals), jax.jvp(plain, primals, tangents)[1]
 
     return norms(grads, params)
 
 
-def _looked_at_again(measure: Measure, grads: Tree, params: Tree) -> Tree:
+def _both(flag: jax.Array, then: Callable[[], Tree], other: Callable[[], Tree]) -> Tree:
+    """As `lax.cond`, with both sides taken."""
+    return jax.tree.map(functools.partial(jnp.where, flag), then(), other())
+
+
+def _looked_at_again(
+    measure: Measure, grads: Tree, params: Tree, cond: Callable[..., Tree] = jax.lax.cond
+) -> Tree:
     """The norms, of sums in the dtype of the leaves, float32 at least.
 
     They are measured as they are, and once more times a power of two in a step where some are so
@@ -217,7 +222,7 @@ def _looked_at_again(measure: Measure, grads: Tree, params: Tree) -> Tree:
         hidden = jax.lax.optimization_barrier(jnp.float32(power))
         powers = jax.tree.map(lambda norm: hidden, norms)
         product = _lifted if power == LIFT else operator.mul
-        other = jax.lax.cond(some(is_such), lambda: times(powers, hidden, product), lambda: norms)
+        other = cond(some(is_such), lambda: times(powers, hidden, product), lambda: norms)
         chosen = lambda norm, old, new: jnp.where(is_such(norm), new, old)
         return jax.tree.map(chosen, norms, found, other)
 
@@ -225,7 +230,7 @@ def _looked_at_again(measure: Measure, grads: Tree, params: Tree) -> Tree:
         # There may be collectives in a branch.
         return shards.anywhere(jnp.any(jnp.stack([jnp.any(is_such(norm)) for norm in leaves])))
 
-    return jax.lax.cond(some(lambda n: _is_small(n) | _is_large(n)), look_again, lambda: norms)
+    return cond(some(lambda n: _is_small(n) | _is_large(n)), look_again, lambda: norms)
 
 
 @jax.custom_jvp

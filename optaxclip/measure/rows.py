@@ -19,8 +19,10 @@ from optaxclip._numbers import is_known
 
 from . import bundles
 from .arithmetic import EUCLIDEAN, squares_of
-from .bundles import SMALL, Bundle
+from .bundles import Bundle
 from .shards import layout
+
+FEW = 2**10  # entries that are laid beside others as they are, in float64: bytes that are written
 
 
 def are_worth(part: Bundle) -> bool:
@@ -61,7 +63,7 @@ def sums_of_leaves(parts: list[Bundle], ord: float) -> jax.Array:
 def _rows(part: Bundle) -> jax.Array:
     """Numbers whose sum is that of the squares, as a vector."""
     squares = squares_of(part.leaves)
-    if squares.size > SMALL:
+    if squares.size > FEW:
         squares = jnp.sum(squares, _device.row_axes(squares.shape))
     return squares.reshape(-1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +21,21 @@ class Threshold(NamedTuple):
 
     init: Callable[[Any], Memory]  # norm (anything with shape and dtype) -> memory
     update: Callable[[jax.Array, Memory], tuple[jax.Array, Memory]]  # -> limit like norm, memory
-    uniform: bool = False  # whether one limit is for all norms, whatever they are
+
+
+Update = Callable[[jax.Array, Memory], tuple[jax.Array, Memory]]
+_UNIFORM: weakref.WeakSet[Update] = weakref.WeakSet()
+
+
+def uniform(update: Update) -> Update:
+    """The same function, known as one that gives all norms the same limit, whatever they are."""
+    _UNIFORM.add(update)
+    return update
+
+
+def is_uniform(threshold: Threshold) -> bool:
+    """Whether one limit is for all norms."""
+    return threshold.update in _UNIFORM
 
 
 class Clock(NamedTuple):

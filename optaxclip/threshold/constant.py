@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from optaxclip import _check
 
-from .base import Memory, Threshold, started, ticked
+from .base import Memory, Threshold, started, ticked, uniform
 
 Limit = float | jax.Array | Callable[[jax.Array], Any]
 
@@ -46,8 +46,7 @@ def constant(limit: Limit) -> Threshold:
         return _scheduled(limit)
     return Threshold(
         lambda norm: (),
-        lambda norm, memory: (jnp.full_like(norm, limit), memory),
-        uniform=True,
+        uniform(lambda norm, memory: (jnp.full_like(norm, limit), memory)),
     )
 
 
@@ -57,4 +56,4 @@ def _scheduled(schedule: Callable[[jax.Array], Any]) -> Threshold:
         _check.scheduled(limit)
         return jnp.full_like(norm, limit), ticked(memory)
 
-    return Threshold(lambda norm: started(), update, uniform=True)
+    return Threshold(lambda norm: started(), uniform(update))
