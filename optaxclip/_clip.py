@@ -12,7 +12,7 @@ import optax
 
 from . import _check
 from ._entries import Entries, bounded
-from ._numbers import is_bad, part, sanitized, where, widen
+from ._numbers import TOO_LARGE, TOO_SMALL, is_bad, part, sanitized, where, widen
 from ._place import abstract_norms, beside
 from ._summary import Groups, observe
 from .measure import Measure
@@ -26,10 +26,6 @@ Tree = Any
 Scale = Callable[[jax.Array, jax.Array], jax.Array]
 
 NONFINITE = ("zero", "propagate", "sanitize")
-
-# What no memory learns, as it learns no inf and no 0: from here on, the square of a norm overflows
-# float32; and a share of one that is smaller is flushed to 0, above which all norms then are.
-TOO_LARGE, TOO_SMALL = 2.0**64, 2.0**-100
 
 
 def clip(
@@ -124,13 +120,12 @@ def clip(
         entries: list[Entries] = []
         scaled: list[Groups] = []
         real = not any(map(jnp.iscomplexobj, jax.tree.leaves(grads)))
-        bounds = measure.entries and scale is rescale and real
+        bounds, uniform = measure.entries and scale is rescale and real, is_uniform(threshold)
         leaves = jax.tree.leaves(grads)
         for i, (norm, ok) in enumerate(zip(norms, jax.tree.leaves(finite), strict=True)):
             limit, memories[i] = _limited(threshold, norm, ok, memories[i])
             limits.append(limit)
             if bounds:
-                uniform = is_uniform(threshold)
                 entries.append(Entries(leaves[i], norm, ok, limit, uniform, nonfinite))
             else:
                 scaled.append(_scaled(scale, norm, ok, limit, nonfinite))

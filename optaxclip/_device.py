@@ -19,6 +19,11 @@ def on_gpu() -> bool:
     return jax.default_backend() == "gpu"
 
 
+def axes_first(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes over which a reduction of everything goes first: of rows on a GPU, else all."""
+    return row_axes(shape) if on_gpu() else tuple(range(len(shape)))
+
+
 def row_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The last axes of an array, as many as make a row worth reducing by itself.
 

@@ -6,7 +6,6 @@ What `rescale` does to `measure.element()`, but by limits, not by factors.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,11 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import _device
-from ._numbers import is_bad, where, widen
+from ._numbers import TOO_LARGE, is_bad, maxima_and_counts, where, widen
 
 Tree = Any
 
-TOO_LARGE = 2.0**64  # no limit from here on is divided by as it is
 NORMAL = np.int32(0x00800000)  # the bits of the smallest normal number
 BAD = np.int32(0x7F800000)  # the bits of inf; those of NaN are more, those of numbers are less
 
@@ -103,7 +101,7 @@ def _extremes(
     allowed = _bits(jnp.where(is_bad(limit), 0, jnp.abs(limit)))  # -0 is none
     # Nothing is above inf; and what is below the normal numbers is not above 0, as XLA:CPU has it.
     above = bits > jnp.clip(allowed, NORMAL - 1, BAD - 1)
-    axes = axes_read(norm)
+    axes = _device.axes_first(norm.shape)
     if nonfinite == "sanitize":  # nothing is beyond any more
         most, count, bad = maxima_and_counts([bits], [above, ~finite], axes)
         least, over = most, jnp.zeros_like(bad)
@@ -129,7 +127,9 @@ def _extremes(
 def _extremes_jvp(nonfinite: str, primals: Any, tangents: Any) -> tuple[Any, Any]:
     norm, moved = primals[0], tangents[0]
     finite = lambda x: jnp.where(jnp.isfinite(norm), x, jnp.zeros_like(x))
-    largest = lambda x, dx: jax.jvp(lambda x: jnp.max(x, axes_read(x)), (x,), (dx,))[1]
+    largest = lambda x, dx: jax.jvp(lambda x: jnp.max(x, _device.axes_first(x.shape)), (x,), (dx,))[
+        1
+    ]
     value = _extremes(*primals, nonfinite)  # integers have no derivative
     within = largest(finite(norm), finite(moved))
     whole = jnp.where(jnp.isfinite(value[0]), within, jnp.zeros_like(within))
@@ -143,21 +143,3 @@ def _bits(norm: jax.Array) -> jax.Array:
 
 def _within(bits: jax.Array) -> jax.Array:
     return jnp.where(bits >= BAD, 0, bits)
-
-
-def axes_read(x: jax.Array) -> tuple[int, ...]:
-    """The axes over which a reduction goes first: those of a row on a GPU, else all."""
-    return _device.row_axes(x.shape) if _device.on_gpu() else tuple(range(x.ndim))
-
-
-def maxima_and_counts(
-    sizes: Sequence[jax.Array], masks: Sequence[jax.Array], axes: tuple[int, ...]
-) -> list[jax.Array]:
-    """The maximum of int32 arrays and the count of masks, in one reduction."""
-    most = len(sizes)
-
-    def join(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> list[jax.Array]:
-        return [*map(jax.lax.max, a[:most], b[:most]), *map(jax.lax.add, a[most:], b[most:])]
-
-    start = [np.int32(np.iinfo(np.int32).min)] * most + [np.int32(0)] * len(masks)
-    return list(jax.lax.reduce([*sizes, *(m.astype(jnp.int32) for m in masks)], start, join, axes))

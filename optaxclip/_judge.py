@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ._clip import TOO_LARGE, _apart, _blank, _limited, _stays_finite
-from ._numbers import as_like
+from ._clip import _apart, _blank, _limited, _stays_finite
+from ._numbers import TOO_LARGE, as_like
 from ._place import abstract_norms, beside
 from ._range import Steps
 from ._summary import in_place, increment_if, maximum

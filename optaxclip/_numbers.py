@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 Tree = Any
+
+# What no memory learns, as it learns no inf and no 0: from here on, the square of a norm overflows
+# float32; and a share of one that is smaller is flushed to 0, above which all norms then are.
+TOO_LARGE, TOO_SMALL = 2.0**64, 2.0**-100
 
 
 def is_float(x: Any) -> bool:
@@ -93,6 +97,24 @@ def largest(x: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
     most = jnp.max(x, axes, keepdims=True, initial=0)  # 0 of no entries
     bad = jnp.isnan(jnp.sum(jnp.square(x), axes, keepdims=True))
     return jnp.where(bad, jnp.full_like(most, jnp.nan), most)
+
+
+def maxima_and_counts(
+    sizes: Sequence[jax.Array], masks: Sequence[jax.Array], axes: Sequence[int]
+) -> list[jax.Array]:
+    """The maximum of int32 arrays and the count of masks, in one reduction."""
+    most = len(sizes)
+
+    def join(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> list[jax.Array]:
+        return [*map(jax.lax.max, a[:most], b[:most]), *map(jax.lax.add, a[most:], b[most:])]
+
+    start = [np.int32(np.iinfo(np.int32).min)] * most + [np.int32(0)] * len(masks)
+    return list(jax.lax.reduce([*sizes, *(m.astype(jnp.int32) for m in masks)], start, join, axes))
+
+
+def end_to_end(arrays: Sequence[jax.Array]) -> jax.Array:
+    """All entries of arrays of one dtype, as one vector."""
+    return jnp.concatenate([jnp.ravel(x) for x in arrays])
 
 
 def where_positive(fun: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:

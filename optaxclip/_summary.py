@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from . import _device
-from ._entries import Entries, axes_read, bounded_norms, maxima_and_counts, read_once
-from ._numbers import is_known
+from ._entries import Entries, bounded_norms, read_once
+from ._numbers import end_to_end, is_known, maxima_and_counts
 from .measure import shards
 from .record import Metrics
 
@@ -53,7 +53,7 @@ def observe(before: Metrics, groups: Sequence[Groups | Entries]) -> Metrics:
     """The metrics after one more step."""
     parts = [_summary(g) for g in _packed(groups) if g.norm.size]
     nothing = _Summary(*(jnp.full((), x, jnp.float32) for x in (0, 0, jnp.inf, 1, 0, 0)))
-    each = _Summary(*map(_end_to_end, zip(*(parts or [nothing]), strict=True)))
+    each = _Summary(*map(end_to_end, zip(*(parts or [nothing]), strict=True)))
     count, bad = jnp.sum(each.clipped), jnp.sum(each.bad)
     size = max(sum(g.norm.size * shards.count(shards.varying(g.norm)) for g in groups), 1)
     kept = lambda old, new: in_place(old, new, before.steps)
@@ -77,10 +77,6 @@ def in_place(old: jax.Array, new: jax.Array, steps: jax.Array) -> jax.Array:
     1.66 so. XLA does not know that no count is negative.
     """
     return jnp.where(steps < 0, old, new)
-
-
-def _end_to_end(parts: Sequence[jax.Array]) -> jax.Array:
-    return jnp.concatenate([jnp.ravel(x) for x in parts])
 
 
 def _packed(groups: Sequence[Groups | Entries]) -> Sequence[Groups | Entries]:
@@ -109,7 +105,7 @@ def _packed(groups: Sequence[Groups | Entries]) -> Sequence[Groups | Entries]:
             return parts[0]
         alike = [jnp.broadcast_to(x, g.norm.shape) for x, g in zip(parts, small, strict=True)]
         # Without the barrier, XLA would fuse what makes a part into the loop over all.
-        return jax.lax.optimization_barrier(_end_to_end(alike))
+        return jax.lax.optimization_barrier(end_to_end(alike))
 
     one = type(small[0])(*map(packed, small[0]._fields))
     rest = [g for g in groups if not any(g is other for other in small)]
@@ -147,7 +143,9 @@ def _in_one_read(
     times. Over the devices of a mesh, XLA would gather what it cannot add up. On a GPU, they are
     those of each row.
     """
-    found = maxima_and_counts([shards.in_order(x) for x in sizes], masks, axes_read(sizes[0]))
+    found = maxima_and_counts(
+        [shards.in_order(x) for x in sizes], masks, _device.axes_first(sizes[0].shape)
+    )
     return (
         *map(shards.in_order, found[: len(sizes)]),
         *(x.astype(jnp.float32) for x in found[len(sizes) :]),
@@ -158,7 +156,7 @@ def _in_one_read(
 def _in_one_read_jvp(primals: Any, tangents: Any) -> tuple[tuple[jax.Array, ...], Any]:
     value = _in_one_read(*primals)  # integers have no derivative, a plain maximum has
     each = zip(primals[0], tangents[0], strict=True)
-    of_rows = functools.partial(jnp.max, axis=axes_read(primals[0][0]))
+    of_rows = functools.partial(jnp.max, axis=_device.axes_first(primals[0][0].shape))
     moved = [jax.jvp(of_rows, (x,), (dx,))[1] for x, dx in each]
     return value, (*moved, *map(jnp.zeros_like, value[len(moved) :]))
 

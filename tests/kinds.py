@@ -37,7 +37,7 @@ def refused(error, *values, **named):
     return tuple(Bad(value, error, **named) for value in values)
 
 
-def refuses(call, error, message):
+def assert_refused(call, error, message):
     """A call fails in exactly these words."""
     with pytest.raises(error) as caught:
         call()

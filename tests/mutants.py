@@ -283,8 +283,8 @@ FAULTS = {
     ),
     "take one limit for all where each has its own": Fault(
         "_clip.py",
-        "uniform = is_uniform(threshold)",
-        "uniform = True",
+        "is_uniform(threshold)",
+        "True",
         "test_record.py test_adaptive.py -k 'entries or second_moment'",
         ONE_DEVICE,
     ),

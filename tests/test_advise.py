@@ -50,7 +50,7 @@ def persistent(rng, n):
     return np.exp(SCATTER * logs)
 
 
-def within_twofold(advices, rates, share_above):
+def assert_within_twofold(advices, rates, share_above):
     """Every limit clips from half to twice as often as it should."""
     found = np.array([[share_above(i, a.limit) for a in row] for i, row in enumerate(advices)])
     ratio = found / np.array(rates)
@@ -80,7 +80,7 @@ def test_held_out(name):
 
     advices = [[recommend_threshold(x[:n], clip_rate=rate) for rate in rates] for x in streams]
 
-    within_twofold(advices, rates, lambda i, limit: np.mean(streams[i][n:] > limit))
+    assert_within_twofold(advices, rates, lambda i, limit: np.mean(streams[i][n:] > limit))
     assert kinds(advices).count(kind) >= 0.97 * SEEDS
 
 
@@ -121,7 +121,7 @@ def test_drift(name):
     ]
     advices = [[recommend_threshold(x, clip_rate=rate) for rate in rates] for x in streams]
 
-    within_twofold(advices, rates, share)
+    assert_within_twofold(advices, rates, share)
     assert kinds(advices) == ["drifting"] * SEEDS
     assert "near future" in advices[0][0].reason
 
@@ -153,7 +153,7 @@ def test_drift_of_norms_that_scatter_little(scatter, slope):
     ]
 
     fresh = scatter * np.random.default_rng(SEEDS).normal(size=(50, ahead)) + later
-    within_twofold(advices, OTHERS, lambda i, limit: np.mean(fresh > np.log(limit)))
+    assert_within_twofold(advices, OTHERS, lambda i, limit: np.mean(fresh > np.log(limit)))
 
 
 def test_scatter_of_the_later_half():
@@ -166,7 +166,7 @@ def test_scatter_of_the_later_half():
     advices = [[recommend_threshold(x, clip_rate=rate) for rate in rates] for x in norms]
 
     fresh = 0.3 * np.random.default_rng(SEEDS).normal(size=(50, later.size)) + level(later)
-    within_twofold(advices, rates, lambda i, limit: np.mean(fresh > np.log(limit)))
+    assert_within_twofold(advices, rates, lambda i, limit: np.mean(fresh > np.log(limit)))
     assert kinds(advices) == ["drifting"] * SEEDS
     # Half of the norms: the curve ends where 20 of these are above a limit.
     assert min(advices[0][0].curve.rates) >= ABOVE / (n / 2)
@@ -184,7 +184,7 @@ def test_step():
     streams = [made(seed) for seed in range(SEEDS)]
     advices = [[recommend_threshold(x[:n], clip_rate=rate) for rate in STEADY] for x in streams]
 
-    within_twofold(advices, STEADY, lambda i, limit: np.mean(streams[i][n:] > limit))
+    assert_within_twofold(advices, STEADY, lambda i, limit: np.mean(streams[i][n:] > limit))
     assert kinds(advices) == ["two regimes"] * SEEDS
 
 
@@ -209,7 +209,7 @@ def test_from_a_state(make):
 
     advices = [[recommend_threshold(s, clip_rate=rate) for rate in STEADY] for s in states]
 
-    within_twofold(advices, STEADY, lambda i, limit: np.mean(streams[i][n:] > limit))
+    assert_within_twofold(advices, STEADY, lambda i, limit: np.mean(streams[i][n:] > limit))
     assert set(kinds(advices)) == {"steady" if make is ordinary else "heavy-tailed"}
 
 
@@ -252,7 +252,7 @@ def test_a_run_that_diverges(how):
     advices = [[recommend_threshold(blown_up(x, how), clip_rate=r) for r in STEADY] for x in norms]
 
     fresh = ordinary(np.random.default_rng(SEEDS), HELD_OUT)
-    within_twofold(advices, STEADY, lambda i, limit: np.mean(fresh > limit))
+    assert_within_twofold(advices, STEADY, lambda i, limit: np.mean(fresh > limit))
     assert kinds(advices) == ["diverged"] * SEEDS
     state = observed()(jnp.asarray(blown_up(norms[0], "at once"), jnp.float32))
     advice = recommend_threshold(state)

@@ -34,10 +34,10 @@ from kinds import (
     SHARE,
     STEPS,
     WINDOW,
+    assert_refused,
     choice,
     measure,
     optional,
-    refuses,
     rule,
     threshold,
     transformation,
@@ -198,7 +198,7 @@ def test_bad_values_are_refused_at_construction(function, argument):
     for bad in kind.bad:
         allowed = (bad.allowed or kind.allowed).format(argument=argument)
         message = f"{argument} must be {allowed}; got {bad.shown or repr(bad.value)}"
-        refuses(lambda bad=bad: make(function, **{argument: bad.value}), bad.error, message)
+        assert_refused(lambda bad=bad: make(function, **{argument: bad.value}), bad.error, message)
 
 
 @every_argument
@@ -242,7 +242,7 @@ CONTRADICTIONS = {
 @pytest.mark.parametrize("message", CONTRADICTIONS)
 def test_arguments_that_contradict_each_other(message):
     """Two arguments that are good each by itself may not be together."""
-    refuses(CONTRADICTIONS[message], ValueError, message)
+    assert_refused(CONTRADICTIONS[message], ValueError, message)
 
 
 @pytest.mark.skipif(np.dtype(np.longdouble).itemsize == 8, reason="no longer float here")

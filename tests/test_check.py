@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kinds import refuses
+from kinds import assert_refused
 from roster import EVERY
 
 import optaxclip as oc
@@ -49,7 +49,7 @@ def test_what_a_mask_function_makes_is_judged(made):
     tx = oc.adaptive_grad_clip(mask=lambda params: made)
 
     message = f"mask must be None, a tree of bools or a function of params; got {made!r}"
-    refuses(lambda: tx.init(PARAMS), TypeError, message)
+    assert_refused(lambda: tx.init(PARAMS), TypeError, message)
 
 
 RELATIVE = {name: row for name, row in EVERY.items() if row.params}
@@ -61,7 +61,7 @@ def test_missing_params_are_named_at_the_first_trace(name):
     tx = RELATIVE[name].make()
     message = "a relative norm needs the parameters: call update(grads, state, params)"
     for update in (tx.update, jax.jit(tx.update)):
-        refuses(lambda update=update: update(PARAMS, tx.init(PARAMS)), ValueError, message)
+        assert_refused(lambda update=update: update(PARAMS, tx.init(PARAMS)), ValueError, message)
 
 
 @pytest.mark.parametrize("name", [*RELATIVE, "stacked"])
@@ -77,7 +77,7 @@ def test_params_unlike_the_gradients_are_refused(name):
     ]:
         message = f"params must have the leaves of the gradients; at {got}"
         call = lambda params=params: tx.update(PARAMS, tx.init(PARAMS), params)
-        refuses(call, ValueError, message)
+        assert_refused(call, ValueError, message)
 
 
 def test_gradients_unlike_the_moments_are_refused():
@@ -90,7 +90,7 @@ def test_gradients_unlike_the_moments_are_refused():
         other = {"body": {"w": jnp.ones((2, 3)), "b": jnp.ones(2)}, "none": {"w": jnp.ones((3, 2))}}
         grads = {**PARAMS, "body": other[name]}
         message = f"gradients must have the leaves of the params given to init; at {got}"
-        refuses(lambda grads=grads: tx.update(grads, tx.init(PARAMS)), ValueError, message)
+        assert_refused(lambda grads=grads: tx.update(grads, tx.init(PARAMS)), ValueError, message)
 
 
 @pytest.mark.parametrize("name", [n for n, row in EVERY.items() if row.memory])
@@ -124,4 +124,4 @@ def test_schedules_must_give_numbers(value, error, shown):
     tx = oc.clip_by_norm(lambda step: value)
 
     message = f"the value of a schedule must be a number or a () array; got {shown}"
-    refuses(lambda: jax.eval_shape(tx.update, PARAMS, tx.init(PARAMS)), error, message)
+    assert_refused(lambda: jax.eval_shape(tx.update, PARAMS, tx.init(PARAMS)), error, message)

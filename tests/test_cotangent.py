@@ -14,7 +14,7 @@ import trees
 from flax import linen as nn
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from kinds import POLICY, SCALE, WINDOW, measure, number, optional, refuses
+from kinds import POLICY, SCALE, WINDOW, assert_refused, measure, number, optional
 from oracles import norm, shrink, tree_norm
 
 from optaxclip import measure as measures
@@ -837,7 +837,7 @@ def test_bad_arguments_are_refused_in_the_forward_pass(function, argument):
         allowed = (bad.allowed or kind.allowed).format(argument=argument)
         message = f"{argument} must be {allowed}; got {bad.shown or repr(bad.value)}"
         call = lambda bad=bad: function(jnp.ones(2), **{argument: bad.value})
-        refuses(call, bad.error, message)
+        assert_refused(call, bad.error, message)
 
 
 @each_argument
@@ -863,7 +863,7 @@ def test_a_probe_is_a_probe(function):
         message = (
             f"probe.calls must be a () array of float32, as cotangent_probe() has it; got {shown}"
         )
-        refuses(lambda probe=probe: function(jnp.ones(2), probe=probe), ValueError, message)
+        assert_refused(lambda probe=probe: function(jnp.ones(2), probe=probe), ValueError, message)
 
 
 def test_what_has_no_meaning_here():

@@ -13,7 +13,7 @@ import pytest
 import trees
 from flax.training import train_state
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from kinds import SHARE, number, refuses
+from kinds import SHARE, assert_refused, number
 
 import optaxclip as oc
 from optaxclip._range import fields
@@ -360,12 +360,12 @@ def test_bad_arguments_are_refused():
     allowed = "a GradientTransformation, such as clip_by_global_norm(1.0)"
     for bad in (None, 1.0, oc.clip_by_value, (), "clip"):
         message = f"clipper must be {allowed}; got {bad!r}"
-        refuses(lambda bad=bad: clip_with_feedback(bad), TypeError, message)
+        assert_refused(lambda bad=bad: clip_with_feedback(bad), TypeError, message)
     for name, kind in {"decay": SHARE, "max_carry": BOUND}.items():
         for bad in kind.bad:
             message = f"{name} must be {kind.allowed}; got {bad.shown or repr(bad.value)}"
             call = lambda bad=bad, name=name: clip_with_feedback(clipper, **{name: bad.value})
-            refuses(call, bad.error, message)
+            assert_refused(call, bad.error, message)
         for good in kind.good:
             assert clip_with_feedback(clipper, **{name: good})
 

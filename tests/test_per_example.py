@@ -16,7 +16,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from kinds import refuses
+from kinds import assert_refused
 from trees import assert_close, assert_same_bits, normal
 
 from optaxclip import measure, scale
@@ -761,7 +761,7 @@ def test_a_microbatch_is_of_all_devices_of_an_explicit_mesh(size):
         "microbatch_size must be a multiple of the devices of an Explicit mesh that examples are "
         f"split over, 4; got {size}"
     )
-    refuses(lambda: step(jnp.ones(3), x), ValueError, message)
+    assert_refused(lambda: step(jnp.ones(3), x), ValueError, message)
 
 
 def test_inside_shard_map_the_measure_must_be_told():
@@ -894,4 +894,4 @@ ERRORS = [
 @pytest.mark.parametrize(("call", "error", "message"), ERRORS)
 def test_bad_arguments_are_named(call, error, message):
     """An error names the argument, its value and what is allowed."""
-    refuses(call, error, message)
+    assert_refused(call, error, message)

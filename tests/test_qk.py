@@ -18,7 +18,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from kinds import refuses
+from kinds import assert_refused
 from trees import assert_close, assert_same_bits, bits, normal
 
 from optaxclip.qk import gqa, mla, qk_clip
@@ -546,4 +546,4 @@ ERRORS = {
 @pytest.mark.parametrize("case", ERRORS)
 def test_bad_arguments_are_named(case):
     """An error names the argument, its value and what is allowed."""
-    refuses(*ERRORS[case])
+    assert_refused(*ERRORS[case])

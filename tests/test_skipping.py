@@ -14,7 +14,7 @@ import trees
 from flax import linen, nnx
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from kinds import HUGE, NO_NUMBER, NO_SCALAR, refuses
+from kinds import HUGE, NO_NUMBER, NO_SCALAR, assert_refused
 
 import optaxclip as oc
 from optaxclip.record import SkipMetrics
@@ -830,7 +830,9 @@ def test_bad_losses_are_errors():
         message = (
             f"value must be a loss, a real number or a () array; got {bad.shown or repr(bad.value)}"
         )
-        refuses(lambda x=bad.value: tx.update(GRADS, state, PARAMS, value=x), bad.error, message)
+        assert_refused(
+            lambda x=bad.value: tx.update(GRADS, state, PARAMS, value=x), bad.error, message
+        )
 
 
 def test_losses_of_every_type_are_float32():

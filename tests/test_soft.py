@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import trees
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from kinds import POSITIVE, refuses
+from kinds import POSITIVE, assert_refused
 
 import optaxclip as oc
 from optaxclip import measure, scale, threshold
@@ -398,7 +398,7 @@ def test_parameters_are_judged_at_construction(factory, argument):
     for bad in POSITIVE.bad:
         message = f"{argument} must be {bad.allowed or POSITIVE.allowed}; "
         message += f"got {bad.shown or repr(bad.value)}"
-        refuses(lambda bad=bad: make(**{argument: bad.value}), bad.error, message)
+        assert_refused(lambda bad=bad: make(**{argument: bad.value}), bad.error, message)
     for good in POSITIVE.good:
         assert make(good)(jnp.ones(2), jnp.ones(2)).shape == (2,)
 

@@ -12,7 +12,7 @@ import optax
 import pytest
 import trees
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from kinds import LIMIT, refused, refuses
+from kinds import LIMIT, assert_refused, refused
 
 import optaxclip as oc
 from optaxclip.spectral import clip_by_spectral_norm, newton_schulz
@@ -554,7 +554,7 @@ def test_bad_arguments_are_errors_at_construction():
         message = (
             f"max_norm must be {bad.allowed or LIMIT.allowed}; got {bad.shown or repr(bad.value)}"
         )
-        refuses(lambda bad=bad: clip_by_spectral_norm(bad.value), bad.error, message)
+        assert_refused(lambda bad=bad: clip_by_spectral_norm(bad.value), bad.error, message)
     choices = {
         "kind": "'hard', 'soft'",
         "method": "'newton_schulz', 'svd', 'power_iteration'",
@@ -563,8 +563,8 @@ def test_bad_arguments_are_errors_at_construction():
     }
     for name, allowed in choices.items():
         message = f"{name} must be one of {allowed}; got 'x'"
-        refuses(lambda name=name: clip_by_spectral_norm(**{name: "x"}), ValueError, message)
-    refuses(
+        assert_refused(lambda name=name: clip_by_spectral_norm(**{name: "x"}), ValueError, message)
+    assert_refused(
         lambda: clip_by_spectral_norm(kind="soft", method="power_iteration"),
         ValueError,
         "kind must be 'hard' with method='power_iteration'; got 'soft'",
@@ -575,7 +575,7 @@ def test_bad_arguments_are_errors_at_construction():
     )
     for bad in refused(TypeError, 0, "x", (0,), (0, 1, 2), (0, True), (0, 1.0), [0, 1], {"w": 0}):
         message = f"axes must be {allowed}; got {bad.value!r}"
-        refuses(lambda bad=bad: clip_by_spectral_norm(axes=bad.value), bad.error, message)
+        assert_refused(lambda bad=bad: clip_by_spectral_norm(axes=bad.value), bad.error, message)
 
 
 def test_leaves_that_have_no_such_matrix():

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optaxclip import _device
-from optaxclip._numbers import is_known
+from optaxclip._numbers import end_to_end, is_known
 
 from . import bundles
 from .arithmetic import EUCLIDEAN, squares_of
@@ -39,7 +39,7 @@ def sums(parts: list[Bundle]) -> jax.Array:
     if not here:
         return bundles.sums(parts, EUCLIDEAN)
     others = [bundles.sums(rest, EUCLIDEAN)] if rest else []
-    return _end_to_end([*map(_rows, here), *others])
+    return _joined([*map(_rows, here), *others])
 
 
 def sums_of_leaves(parts: list[Bundle], ord: float) -> jax.Array:
@@ -51,13 +51,11 @@ def sums_of_leaves(parts: list[Bundle], ord: float) -> jax.Array:
     if not alike:
         return bundles.sums(parts, ord)
     here = [i for group in alike.values() for i in group]
-    rest = [i for i in range(len(parts)) if i not in set(here)]
+    rest = sorted({*range(len(parts))} - {*here})
     found = [jnp.sum(jnp.stack([_rows(parts[i]) for i in group]), 1) for group in alike.values()]
     others = [bundles.sums([parts[i] for i in rest], ord)] if rest else []
     order = np.argsort([*here, *rest])
-    return (
-        _end_to_end([*found, *others]).at[order].get(unique_indices=True, mode="promise_in_bounds")
-    )
+    return _joined([*found, *others]).at[order].get(unique_indices=True, mode="promise_in_bounds")
 
 
 def _rows(part: Bundle) -> jax.Array:
@@ -68,7 +66,7 @@ def _rows(part: Bundle) -> jax.Array:
     return squares.reshape(-1)
 
 
-def _end_to_end(vectors: list[jax.Array]) -> jax.Array:
+def _joined(vectors: list[jax.Array]) -> jax.Array:
     dtype = jnp.float64 if any(x.dtype == jnp.float64 for x in vectors) else jnp.float32
     # The barrier keeps apart what would be one kernel after the other within one.
-    return jax.lax.optimization_barrier(jnp.concatenate([x.astype(dtype) for x in vectors]))
+    return jax.lax.optimization_barrier(end_to_end([x.astype(dtype) for x in vectors]))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip import _check
-from optaxclip._clip import TOO_LARGE, TOO_SMALL
+from optaxclip._numbers import TOO_LARGE, TOO_SMALL
 from optaxclip.measure.base import places
 from optaxclip.measure.shards import AxisName, split_over, total
 

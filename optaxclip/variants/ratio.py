@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip import _check, threshold
-from optaxclip._clip import TOO_LARGE, clip
+from optaxclip._clip import clip
+from optaxclip._numbers import TOO_LARGE
 from optaxclip.measure import Measure, global_norm, leaf_norm
 from optaxclip.measure.shards import AxisName
 from optaxclip.record import ClipState
