@@ -2,9 +2,9 @@
 
 There, XLA makes two kernels of the sum of a leaf, one of the sums of its rows. So rows come first,
 of large leaves; those of all leaves lie end to end, or those of leaves of one shape beside each
-other, and are added up together. On an H100, a step of SGD on GPT-2's 148 leaves is 216 kernels with
-the norm of the tree, in place of 274; with that of every leaf 96 in place of 326. (Counted while FEW
-was 2**13, the latter with three sums in float32.)
+other, and are added up together. On an H100, a step of SGD on GPT-2's 148 leaves is 216 kernels
+with the norm of the tree, in place of 274; with that of every leaf 96 in place of 326. (Counted
+while FEW was 2**13, the latter with three sums in float32.)
 """
 
 from __future__ import annotations
