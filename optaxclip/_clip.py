@@ -134,8 +134,8 @@ def clip(
             updates = bounded(grads, spread(limits), nonfinite)
         else:
             factors = spread([group.factor for group in scaled])
-            bad = spread([~jnp.isfinite(group.norm) for group in scaled])
-            updates = _multiplied(grads, factors, bad, scale, nonfinite)
+            counts = spread([jnp.isfinite(group.norm) for group in scaled])
+            updates = _multiplied(grads, factors, counts, scale, nonfinite)
         metrics = None if state.metrics is None else observe(state.metrics, entries or scaled)
         memory = treedef.unflatten(memories) if jax.tree.leaves(state.memory) else ()
         return updates, ClipState(memory, metrics)
@@ -238,29 +238,31 @@ def _scaled(
         # A norm of inf or NaN has the factor that limit / norm would have.
         factor = jnp.where(counts, scale(norm, allowed), 1 / norm)
         return Groups(norm, norm * factor, limit, factor, finite)
-    # A group that does not count is of norm 1 and allowed 0: every scale makes it vanish.
+    # A group that does not count vanishes. No scale sees its norm, nor does any derivative.
     norm_or_1 = jnp.where(counts, norm, 1)
-    factor = scale(norm_or_1, jnp.where(counts, allowed, 0))
+    factor = jnp.where(counts, scale(norm_or_1, jnp.where(counts, allowed, 0)), 0)
     return Groups(norm, norm_or_1 * factor, limit, factor, finite)
 
 
-def _multiplied(grads: Tree, factors: Tree, bad: Tree, scale: Scale, nonfinite: str) -> Tree:
+def _multiplied(grads: Tree, factors: Tree, counts: Tree, scale: Scale, nonfinite: str) -> Tree:
     cast = getattr(scale, "cast", lambda x, dtype: x.astype(dtype))
 
     @jax.jit  # traced and lowered once for all leaves of one shape
     def multiplied(
-        grad: jax.Array, hidden: jax.Array, factor: jax.Array, bad: jax.Array, is_1: jax.Array
+        grad: jax.Array, hidden: jax.Array, factor: jax.Array, counts: jax.Array, is_1: jax.Array
     ) -> jax.Array:
         # Where each entry has a factor of its own, XLA would write them all to memory if they were
         # used twice. Elsewhere, a mask of the entries would cost a sixth of a step, and one number
-        # per group says which are bad.
+        # per group says which count.
         single = factor.shape == grad.shape and grad.size > 1
         if nonfinite == "sanitize" or (nonfinite == "zero" and single):
             grad, hidden = sanitized(grad), sanitized(hidden)
         x = widen(hidden)
-        y = x * factor.astype(x.dtype)
+        # One number for the leaf is spread once, for the product and for where that does not count.
+        spread = jax.lax.full_like(x, factor) if factor.ndim == 0 else factor.astype(x.dtype)
+        y = x * spread
         if nonfinite == "zero" and not single:
-            y = where(bad, jax.lax.full_like(y, 0), y)  # 0 x inf is NaN
+            y = where(counts, y, spread)  # 0, and 0 x inf is NaN
         rounded = y if y.dtype == grad.dtype else cast(y, grad.dtype)
         # Not y alone: XLA:CPU flushes subnormal numbers in a multiplication by 1. An entry of 0 is
         # the same whatever its factor, but where that is above 1, its derivative is not.
@@ -274,4 +276,4 @@ def _multiplied(grads: Tree, factors: Tree, bad: Tree, scale: Scale, nonfinite: 
         # From XLA, which would widen once for norm and product, and write that to memory. What is
         # unchanged is not taken from there: in a loop, jax 0.12 flushes bfloat16 on its way.
         hidden = jax.lax.optimization_barrier(grads)
-    return jax.tree.map(multiplied, grads, hidden, each(factors), each(bad), each(is_1))
+    return jax.tree.map(multiplied, grads, hidden, each(factors), each(counts), each(is_1))

@@ -19,6 +19,11 @@ def on_gpu() -> bool:
     return jax.default_backend() == "gpu"
 
 
+def on_cpu() -> bool:
+    """Whether copies of small leaves stay in a cache, and every kernel takes long to compile."""
+    return jax.default_backend() == "cpu" and not on_gpu()
+
+
 def axes_first(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The axes over which a reduction of everything goes first: of rows on a GPU, else all."""
     return row_axes(shape) if on_gpu() else tuple(range(len(shape)))

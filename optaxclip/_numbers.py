@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -63,8 +62,7 @@ def is_bad(limit: jax.Array) -> jax.Array:
 
 def where(mask: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
     """`jnp.where`, bit for bit: XLA:CPU may choose narrow floats as float32, and flush them."""
-    # Wider ones are chosen as they are, and 4 bits cannot be cast.
-    return _where_bits(mask, x, y) if jnp.finfo(x.dtype).bits in (8, 16) else _where(mask, x, y)
+    return _where_bits(mask, x, y) if _is_narrow(x.dtype) else _where(mask, x, y)
 
 
 def _where(mask: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -74,9 +72,7 @@ def _where(mask: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def _where_bits(mask: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-    bits = jnp.dtype(f"uint{jnp.finfo(x.dtype).bits}")
-    as_bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=bits)
-    return jax.lax.bitcast_convert_type(_where(mask, as_bits(x), as_bits(y)), x.dtype)
+    return _from_bits(_where(mask, _bits(x), _bits(y)), x.dtype)
 
 
 @_where_bits.defjvp
@@ -112,9 +108,45 @@ def maxima_and_counts(
     return list(jax.lax.reduce([*sizes, *(m.astype(jnp.int32) for m in masks)], start, join, axes))
 
 
+def of_one_dtype(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """All as float64 if any is, else as float32."""
+    dtype = jnp.float64 if any(x.dtype == jnp.float64 for x in arrays) else jnp.float32
+    return [x.astype(dtype) for x in arrays]
+
+
 def end_to_end(arrays: Sequence[jax.Array]) -> jax.Array:
     """All entries of arrays of one dtype, as one vector."""
+    return _end_to_end_bits(arrays) if _is_narrow(arrays[0].dtype) else _end_to_end(arrays)
+
+
+def _end_to_end(arrays: Sequence[jax.Array]) -> jax.Array:
     return jnp.concatenate([jnp.ravel(x) for x in arrays])
+
+
+@jax.custom_jvp
+def _end_to_end_bits(arrays: Sequence[jax.Array]) -> jax.Array:
+    # XLA:CPU would widen each array, and lay these beside each other.
+    return _from_bits(_end_to_end([*map(_bits, arrays)]), arrays[0].dtype)
+
+
+@_end_to_end_bits.defjvp
+def _end_to_end_bits_jvp(
+    primals: tuple[Sequence[jax.Array]], tangents: tuple[Sequence[jax.Array]]
+) -> tuple[jax.Array, jax.Array]:
+    return _end_to_end_bits(*primals), _end_to_end(*tangents)
+
+
+def _is_narrow(dtype: Any) -> bool:
+    """Whether it is a float that XLA:CPU computes as float32; 4 bits cannot be cast to integers."""
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits in (8, 16)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{jnp.finfo(x.dtype).bits}"))
+
+
+def _from_bits(bits: jax.Array, dtype: Any) -> jax.Array:
+    return jax.lax.bitcast_convert_type(bits, dtype)
 
 
 def where_positive(fun: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -193,27 +192,36 @@ def _looked_at_again(
     wide = any(real_dtype(g) == jnp.float64 for g in jax.tree.leaves(grads))
     # Widened where it is used, because a branch takes its operands as arrays in memory.
     widened = functools.partial(_widened, wide=wide)
-    norms = measure.norms(jax.tree.map(widened, grads), params)
+
+    def norms_of(fun: Callable[[jax.Array], jax.Array]) -> Tree:
+        if measure.mapped is not None:
+            return measure.mapped(fun, grads)
+        return measure.norms(jax.tree.map(fun, grads), params)
+
+    norms = norms_of(widened)
     leaves = jax.tree.leaves(norms)
     if not leaves:
         return norms
 
-    def times(powers: Tree, spread: Tree, product: Callable[..., Any] = operator.mul) -> Tree:
+    def times(powers: Tree, spread: Tree, product: Callable[..., Any]) -> Tree:
         """The norms of the gradients times powers of two, over these."""
         each = jax.tree.broadcast(spread, grads)
         # Traced and lowered once for all leaves of one shape.
-        scale = jax.jit(lambda g, p: product(g, p.astype(g.dtype)))
-        scaled = jax.tree.map(scale, jax.tree.map(widened, grads), each)
-        found = measure.norms(scaled, params)
-        return jax.tree.map(lambda n, p: n / p.astype(n.dtype), found, powers)
+        scaled = jax.tree.map(jax.jit(product), jax.tree.map(widened, grads), each)
+        return jax.tree.map(_quotient, measure.norms(scaled, params), powers)
 
     def look_again() -> Tree:
         # Of one norm for several shards, devices might choose different powers.
         one = len(leaves) == 1 and leaves[0].size == 1 and not shards.manual_axes()
-        if one or measure.apart:
+        if one:
+            powers = jax.tree.map(_power, norms)
+            power = _power(leaves[0]).reshape(())
+            found = norms_of(jax.jit(lambda g: _product(widened(g), power)))
+            return jax.tree.map(_better, norms, jax.tree.map(_quotient, found, powers))
+        if measure.apart:
             powers = jax.tree.map(_power, norms)
             spread = measure.spread(powers, grads)
-            return jax.tree.map(_better, norms, times(powers, spread))
+            return jax.tree.map(_better, norms, times(powers, spread, _product))
         return functools.reduce(all_times, ((_is_small, LIFT), (_is_large, DROP)), norms)
 
     def all_times(found: Tree, round: tuple[Callable[[jax.Array], jax.Array], float]) -> Tree:
@@ -221,7 +229,7 @@ def _looked_at_again(
         # Hidden from XLA, which would make (x * power) * (x * power) into (x * x) * power^2.
         hidden = jax.lax.optimization_barrier(jnp.float32(power))
         powers = jax.tree.map(lambda norm: hidden, norms)
-        product = _lifted if power == LIFT else operator.mul
+        product = _lifted if power == LIFT else _product
         other = cond(some(is_such), lambda: times(powers, hidden, product), lambda: norms)
         chosen = lambda norm, old, new: jnp.where(is_such(norm), new, old)
         return jax.tree.map(chosen, norms, found, other)
@@ -233,20 +241,28 @@ def _looked_at_again(
     return cond(some(lambda n: _is_small(n) | _is_large(n)), look_again, lambda: norms)
 
 
+def _product(g: jax.Array, power: jax.Array) -> jax.Array:
+    return g * power.astype(g.dtype)
+
+
+def _quotient(norm: jax.Array, power: jax.Array) -> jax.Array:
+    return norm / power.astype(norm.dtype)
+
+
 @jax.custom_jvp
 def _lifted(g: jax.Array, power: jax.Array) -> jax.Array:
     """The product, where groups that are not looked at may become inf: with derivative 0 there.
 
     Their squares, which nobody takes, would make NaN of 0.
     """
-    return g * power
+    return _product(g, power)
 
 
 @_lifted.defjvp
 def _lifted_jvp(
     primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    value, moved = _lifted(*primals), tangents[0] * primals[1]
+    value, moved = _lifted(*primals), _product(tangents[0], primals[1])
     return value, jnp.where(jnp.isfinite(value), moved, jnp.zeros_like(moved))
 
 

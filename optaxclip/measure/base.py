@@ -23,6 +23,9 @@ class Measure(NamedTuple):
     apart: bool = False  # each norm is of its own entries alone, and has an array of their leaf
     entries: bool = False  # a norm is the size of one entry, so that a limit can take its place
     wide: bool = False  # its sums may be of float64, where the program itself has none
+    # fun, grads -> the norms of fun(leaf), for a measure that may first lay leaves together; fun
+    # is entry by entry. None: fun comes first.
+    mapped: Callable[[Callable[[jax.Array], jax.Array], Tree], Tree] | None = None
 
 
 def places(tree: Tree) -> list[tuple[str, jax.Array]]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optaxclip._numbers import is_known
+from optaxclip._numbers import is_known, of_one_dtype
 
 from .arithmetic import EUCLIDEAN, joined, power_sum, square_sum
 from .base import Tree, places
@@ -38,15 +38,15 @@ def single(tree: Tree, axis_name: AxisName) -> list[Bundle]:
     return [Bundle([g], split_over(axis_name, path, g)) for path, g in places(tree)]
 
 
-def together(tree: Tree, axis_name: AxisName) -> list[Bundle]:
+def together(ones: list[Bundle]) -> list[Bundle]:
     """All leaves, those bundled that may be."""
-    alike: dict[Hashable, list[Bundle]] = {}
-    for i, bundle in enumerate(single(tree, axis_name)):
+    groups: dict[Hashable, list[Bundle]] = {}
+    for i, bundle in enumerate(ones):
         key = _key(bundle.leaves[0])
-        alike.setdefault(i if key is None else (*key, bundle.over), []).append(bundle)
+        groups.setdefault(i if key is None else (*key, bundle.over), []).append(bundle)
     return [
         Bundle([each.leaves[0] for each in part], part[0].over)
-        for group in alike.values()
+        for group in groups.values()
         for part in _parts(group)
     ]
 
@@ -57,8 +57,7 @@ def sums(parts: list[Bundle], ord: float) -> jax.Array:
         square_sum(part.leaves) if ord == EUCLIDEAN else power_sum(part.leaves[0], ord)
         for part in parts
     ]
-    dtype = jnp.float64 if any(x.dtype == jnp.float64 for x in each) else jnp.float32
-    found = [x.reshape(()).astype(dtype) for x in each]
+    found = [x.reshape(()) for x in of_one_dtype(each)]
     # One collective for all that are split over the same axes.
     for names in sorted({part.over for part in parts} - {()}):
         those = [i for i, part in enumerate(parts) if part.over == names]
@@ -68,7 +67,7 @@ def sums(parts: list[Bundle], ord: float) -> jax.Array:
     # Without the barrier, XLA makes one chain of additions of this vector and its sum, and fuses
     # every loop over a leaf into it, so that no two are equal and each is compiled: 3.3 s for 1200
     # leaves, and 1.0 s with it.
-    return jax.lax.optimization_barrier(jnp.stack(found)) if found else jnp.zeros(0, dtype)
+    return jax.lax.optimization_barrier(jnp.stack(found)) if found else jnp.zeros(0, jnp.float32)
 
 
 def _key(leaf: jax.Array) -> tuple[Any, ...] | None:

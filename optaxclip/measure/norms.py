@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -47,16 +48,20 @@ def global_norm(ord: float = EUCLIDEAN, *, axis_name: AxisName = None) -> Measur
     _check.order(ord=ord)
     _check.axis_name(axis_name=axis_name)
 
+    def euclidean(fun: Callable[[jax.Array], jax.Array], grads: Tree) -> jax.Array:
+        return root(rows.total(bundles.single(grads, axis_name), fun), ord)
+
     def norms(grads: Tree, params: Tree) -> jax.Array:
         del params
         if ord == EUCLIDEAN:
-            return root(jnp.sum(rows.sums(bundles.together(grads, axis_name))), ord)
+            return euclidean(lambda leaf: leaf, grads)
         # The norm of a tree is the norm of its leaves' norms.
         leaves = bundles.sums(bundles.single(grads, axis_name), ord)
         return root(power_sum(leaves, ord).reshape(()), ord)
 
     spread = lambda factors, grads: factors
-    return Measure(norms, spread, sums=ord != math.inf, wide=ord in WIDE)
+    mapped = euclidean if ord == EUCLIDEAN else None
+    return Measure(norms, spread, sums=ord != math.inf, wide=ord in WIDE, mapped=mapped)
 
 
 def leaf_norm(ord: float = EUCLIDEAN, *, axis_name: AxisName = None) -> Measure:

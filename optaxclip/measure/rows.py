@@ -9,16 +9,16 @@ while FEW was 2**13, the latter with three sums in float32.)
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from optaxclip import _device
-from optaxclip._numbers import end_to_end, is_known
+from optaxclip._numbers import end_to_end, is_known, of_one_dtype
 
-from . import bundles
+from . import bundles, pieces
 from .arithmetic import EUCLIDEAN, squares_of
 from .bundles import Bundle
 from .shards import layout
@@ -33,27 +33,27 @@ def are_worth(part: Bundle) -> bool:
     return _device.on_gpu() and alone and leaf.size > 0
 
 
-def sums(parts: list[Bundle]) -> jax.Array:
-    """Numbers whose sum is that of all squares, as one vector."""
-    here = [part for part in parts if are_worth(part)]
+def total(parts: list[Bundle], fun: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The sum of the squares of fun(leaf) over all leaves, see :func:`.pieces.total`."""
+    here = [part._replace(leaves=[fun(part.leaves[0])]) for part in parts if are_worth(part)]
     rest = [part for part in parts if not are_worth(part)]
     if not here:
-        return bundles.sums(parts, EUCLIDEAN)
-    others = [bundles.sums(rest, EUCLIDEAN)] if rest else []
-    return _joined([*map(_rows, here), *others])
+        return pieces.total(parts, fun)
+    others = [pieces.total(rest, fun).reshape(1)] if rest else []
+    return jnp.sum(_joined([*map(_rows, bundles.together(here)), *others]))
 
 
 def sums_of_leaves(parts: list[Bundle], ord: float) -> jax.Array:
     """The power sum of every leaf, as one vector in their order."""
-    alike: dict[Hashable, list[int]] = {}
+    groups: dict[Hashable, list[int]] = {}
     for i, part in enumerate(parts):
         if ord == EUCLIDEAN and are_worth(part):
-            alike.setdefault((part.leaves[0].shape, part.leaves[0].dtype), []).append(i)
-    if not alike:
+            groups.setdefault((part.leaves[0].shape, part.leaves[0].dtype), []).append(i)
+    if not groups:
         return bundles.sums(parts, ord)
-    here = [i for group in alike.values() for i in group]
+    here = [i for group in groups.values() for i in group]
     rest = sorted({*range(len(parts))} - {*here})
-    found = [jnp.sum(jnp.stack([_rows(parts[i]) for i in group]), 1) for group in alike.values()]
+    found = [jnp.sum(jnp.stack([_rows(parts[i]) for i in group]), 1) for group in groups.values()]
     others = [bundles.sums([parts[i] for i in rest], ord)] if rest else []
     order = np.argsort([*here, *rest])
     return _joined([*found, *others]).at[order].get(unique_indices=True, mode="promise_in_bounds")
@@ -68,6 +68,5 @@ def _rows(part: Bundle) -> jax.Array:
 
 
 def _joined(vectors: list[jax.Array]) -> jax.Array:
-    dtype = jnp.float64 if any(x.dtype == jnp.float64 for x in vectors) else jnp.float32
     # The barrier keeps apart what would be one kernel after the other within one.
-    return jax.lax.optimization_barrier(end_to_end([x.astype(dtype) for x in vectors]))
+    return jax.lax.optimization_barrier(end_to_end(of_one_dtype(vectors)))
