@@ -32,8 +32,8 @@ ifeq ($(PYTHON),)
 	else echo "No Python 3.13 found: the newest JAX is not tested here."; fi
 endif
 
-# The tests pretend to have eight devices. With one, leaves are bundled and metrics are taken in
-# one read, so what this concerns is tested once more; and again written as for a GPU.
+# The tests pretend to have eight devices. With one, leaves are laid together and metrics are taken
+# in one read, so what this concerns is tested once more; and again written as for a GPU.
 ONE_DEVICE := --xla_force_host_platform_device_count=1
 
 # Not `python -m pytest`, which would put the checkout before the wheel.

@@ -98,11 +98,15 @@ def square_sum(leaves: Sequence[jax.Array]) -> jax.Array:
 
 def squares_of(leaves: Sequence[jax.Array]) -> jax.Array:
     """The squares of leaves of one shape, added entry by entry."""
-    squares = [squared(widen(x)) for x in leaves]
-    while len(squares) > 1:  # in pairs: a chain of sixteen would round sixteen times
-        odd = squares[len(squares) & ~1 :]
-        squares = [*map(jax.lax.add, squares[::2], squares[1::2]), *odd]
-    return squares[0]
+    return added([squared(widen(x)) for x in leaves])
+
+
+def added(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Their sum, entry by entry, in pairs: a chain of sixteen would round sixteen times."""
+    while len(arrays) > 1:
+        odd = arrays[len(arrays) & ~1 :]
+        arrays = [*map(jax.lax.add, arrays[::2], arrays[1::2]), *odd]
+    return arrays[0]
 
 
 def joined(sums: jax.Array, ord: float, over: Names) -> jax.Array:
@@ -194,9 +198,8 @@ def _looked_at_again(
     widened = functools.partial(_widened, wide=wide)
 
     def norms_of(fun: Callable[[jax.Array], jax.Array]) -> Tree:
-        if measure.mapped is not None:
-            return measure.mapped(fun, grads)
-        return measure.norms(jax.tree.map(fun, grads), params)
+        mapped = getattr(measure.norms, "mapped", None)
+        return mapped(fun, grads) if mapped else measure.norms(jax.tree.map(fun, grads), params)
 
     norms = norms_of(widened)
     leaves = jax.tree.leaves(norms)

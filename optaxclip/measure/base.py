@@ -17,15 +17,14 @@ AxisRule = int | Axes | Callable[[str, jax.Array], int | Axes | None] | None
 class Measure(NamedTuple):
     """How gradients are grouped, and how large each group is."""
 
-    norms: Callable[[Tree, Tree], Tree]  # grads, params -> norms, a small pytree of float32
+    # grads, params -> norms, a small pytree of float32. May have a method mapped(fun, grads), for
+    # the norms of fun(leaf), where fun is entry by entry: it may come after leaves lie together.
+    norms: Callable[[Tree, Tree], Tree]
     spread: Callable[[Tree, Tree], Tree]  # factors, grads -> factors, a prefix tree of grads
     sums: bool = True  # the engine keeps the sums in it in range; False: no need
     apart: bool = False  # each norm is of its own entries alone, and has an array of their leaf
     entries: bool = False  # a norm is the size of one entry, so that a limit can take its place
     wide: bool = False  # its sums may be of float64, where the program itself has none
-    # fun, grads -> the norms of fun(leaf), for a measure that may first lay leaves together; fun
-    # is entry by entry. None: fun comes first.
-    mapped: Callable[[Callable[[jax.Array], jax.Array], Tree], Tree] | None = None
 
 
 def places(tree: Tree) -> list[tuple[str, jax.Array]]:

@@ -17,7 +17,7 @@ from optaxclip import _device
 from optaxclip._numbers import end_to_end, is_known, of_one_dtype
 
 from . import bundles
-from .arithmetic import EUCLIDEAN, square_sum
+from .arithmetic import EUCLIDEAN, added, square_sum
 from .bundles import SMALL, Bundle
 from .shards import layout
 
@@ -42,8 +42,7 @@ def total(parts: list[Bundle], fun: Callable[[jax.Array], jax.Array]) -> jax.Arr
             apart.append(part._replace(leaves=[fun(leaf)]))
     sums = [_total_in_pieces(leaves, fun) for leaves in small.values()]
     sums.append(jnp.sum(bundles.sums(bundles.together(apart), EUCLIDEAN)))
-    first, *rest = of_one_dtype(sums)
-    return sum(rest, first)
+    return added(of_one_dtype(sums))
 
 
 def _is_worth(part: Bundle) -> bool:
@@ -61,7 +60,7 @@ def _total_in_pieces(leaves: list[jax.Array], fun: Callable[[jax.Array], jax.Arr
     for piece in pieces:
         rest = jnp.full(length - sum(leaf.size for leaf in piece), _zero(found), piece[0].dtype)
         found.append(square_sum([fun(end_to_end([*piece, rest]))]))
-    return sum(found[1:], found[0])
+    return added(found)
 
 
 def _zero(found: list[jax.Array]) -> Any:
