@@ -17,6 +17,7 @@ from ._place import abstract_norms, beside
 from ._summary import Groups, observe
 from .measure import Measure
 from .measure.arithmetic import in_range
+from .measure.shards import behind_a_barrier
 from .record import ClipState, start
 from .scale import rescale
 from .threshold import Clock, Threshold
@@ -236,11 +237,12 @@ def _scaled(
     allowed = jnp.where(is_bad(limit), 0, limit)
     if nonfinite == "propagate":
         # A norm of inf or NaN has the factor that limit / norm would have.
-        factor = jnp.where(counts, scale(norm, allowed), 1 / norm)
+        factor = jnp.where(counts, scale(norm, allowed), 1 / jnp.where(counts, 1, norm))
         return Groups(norm, norm * factor, limit, factor, finite)
-    # A group that does not count vanishes. No scale sees its norm, nor does any derivative.
+    # A group that does not count vanishes, whatever a scale makes of norm 1 and limit 0.
     norm_or_1 = jnp.where(counts, norm, 1)
-    factor = jnp.where(counts, scale(norm_or_1, jnp.where(counts, allowed, 0)), 0)
+    factor = scale(norm_or_1, jnp.where(counts, allowed, 0))
+    factor = jnp.where(counts, factor, jnp.zeros_like(factor))
     return Groups(norm, norm_or_1 * factor, limit, factor, finite)
 
 
@@ -275,5 +277,5 @@ def _multiplied(grads: Tree, factors: Tree, counts: Tree, scale: Scale, nonfinit
     if any(grad.dtype.itemsize < 4 for grad in jax.tree.leaves(grads)):
         # From XLA, which would widen once for norm and product, and write that to memory. What is
         # unchanged is not taken from there: in a loop, jax 0.12 flushes bfloat16 on its way.
-        hidden = jax.lax.optimization_barrier(grads)
+        hidden = behind_a_barrier(grads)
     return jax.tree.map(multiplied, grads, hidden, each(factors), each(counts), each(is_1))

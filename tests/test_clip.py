@@ -1,5 +1,7 @@
 """The guarantees of the engine: one test per row of the table in the docstring of `clip`."""
 
+import math
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -865,3 +867,62 @@ def test_derivatives_of_a_mapped_clip(measure, gpu, monkeypatch):
 
     scale = limits.reshape(4, 1, 1)
     np.testing.assert_allclose(found * scale, expected * scale, 1e-5, 1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-30, 1e30])
+@pytest.mark.parametrize("entry", [1e-25, 1e25])
+@pytest.mark.parametrize("size", [5, 9000])
+@pytest.mark.parametrize("shape", [(), (2,)], ids=["alone", "vmap"])
+def test_gradients_that_are_known_while_compiling(value, entry, size, shape):
+    """A leaf that XLA knows, as the zeros of a parameter that is not used, is one like others."""
+    known = np.float64(np.float32(value))
+    other = np.float64(np.float32(entry))
+    exact = {"tree": math.hypot(known * size**0.5, other * 3**0.5), "leaf": known * size**0.5}
+
+    def norms(entries):
+        grads = {"known": jnp.full(size, value), "other": entries}
+        tree = in_range(oc.measure.global_norm(), grads, None)
+        leaf = in_range(oc.measure.leaf_norm(), grads, None)[0]
+        return {"tree": tree, "leaf": leaf}
+
+    run = jax.jit(jax.vmap(norms) if shape else norms)
+    found = run(jnp.full((*shape, 3), entry))
+    for name, seen in found.items():
+        np.testing.assert_allclose(seen, exact[name], rtol=4 * 2.0**-24, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "other", [None, jnp.full(9000, 1e-25), jnp.full(3, 1e-25), jnp.zeros((3, 300, 300))]
+)
+def test_leaves_without_entries_beside_small_norms(dtype, other):
+    """A leaf without entries leaves the norm as it is, however small that is."""
+    grads = {"empty": jnp.zeros(0, dtype)} | ({} if other is None else {"other": other})
+    tx = oc.clip_by_global_norm()
+    updates, state = tx.update(grads, tx.init(grads))
+
+    exact = 0.0 if other is None else np.linalg.norm(np.asarray(other, np.float64).ravel())
+    np.testing.assert_allclose(state.metrics.norm, exact, rtol=4 * 2.0**-24)
+    assert state.metrics.nonfinite_steps == 0
+    chex.assert_trees_all_equal(updates, grads)
+
+
+@pytest.mark.parametrize("norm", [0.0, 1e-25])
+def test_propagate_has_a_derivative_at_small_norms(norm):
+    """The factor of a norm that is not finite, which is 1 / norm, is in no derivative of others."""
+    tx = oc.clip_by_global_norm(nonfinite="propagate")
+    grads = jnp.full(4, norm / 2)
+    slope = jax.grad(lambda g: jnp.sum(tx.update(g, tx.init(g))[0]))(grads)
+
+    assert np.array_equal(slope, np.ones(4))
+
+
+def test_groups_that_do_not_count_vanish_whatever_a_scale_says():
+    """A scale of one's own that is not 0 at limit 0 has no say in what is not finite."""
+    tx = oc.clip(
+        oc.measure.leaf_norm(), oc.threshold.constant(1.0), lambda norm, limit: 0 * norm + 2
+    )
+    grads = {"bad": jnp.array([jnp.nan, 1.0]), "good": jnp.ones(2)}
+    updates, _ = jax.jit(tx.update)(grads, tx.init(grads))
+
+    chex.assert_trees_all_equal(updates, {"bad": jnp.zeros(2), "good": jnp.full(2, 2.0)})

@@ -290,3 +290,20 @@ def test_tiny_norms_of_which_not_all_are_summed(said):
 
     tiny = 2e-12 if said else 1e-12
     np.testing.assert_allclose(jax.jit(program)(grads), [tiny, tiny, tiny, 1.0], 1e-6)
+
+
+@pytest.mark.parametrize("name", ["clip_by_global_norm", "clip_by_norm", "clip_by_value"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_narrow_leaf_stays_the_same_everywhere(name, dtype):
+    """JAX still knows of a leaf that is the same on all devices that it is, whatever its dtype."""
+    grads = jax.tree.map(lambda g: g.astype(dtype), trees.floats())
+    tx = EVERY[name].make()
+
+    def update(grads):
+        return tx.update(grads, tx.init(grads))[0]
+
+    program = jax.shard_map(update, mesh=mesh(), in_specs=(SPECS,), out_specs=SPECS)
+    found = jax.jit(program)(grads)
+    # Norms may differ by a few 2^-24, so that entries round to the next number of their dtype.
+    one = float(jnp.finfo(dtype).eps)
+    trees.assert_close(found, jax.jit(update)(grads), one, atol=1e-7)

@@ -201,6 +201,9 @@ def _looked_at_again(
         mapped = getattr(measure.norms, "mapped", None)
         return mapped(fun, grads) if mapped else measure.norms(jax.tree.map(fun, grads), params)
 
+    # From XLA, which would make (c * power) * (c * power) of a leaf that is known to be c into
+    # c^2 * power^2, and neither is in range: a parameter that is not used has gradients of 0.
+    hidden = lambda g: widened(jax.lax.optimization_barrier(g))
     norms = norms_of(widened)
     leaves = jax.tree.leaves(norms)
     if not leaves:
@@ -210,17 +213,16 @@ def _looked_at_again(
         """The norms of the gradients times powers of two, over these."""
         each = jax.tree.broadcast(spread, grads)
         # Traced and lowered once for all leaves of one shape.
-        scaled = jax.tree.map(jax.jit(product), jax.tree.map(widened, grads), each)
+        scaled = jax.tree.map(jax.jit(lambda g, p: product(hidden(g), p)), grads, each)
         return jax.tree.map(_quotient, measure.norms(scaled, params), powers)
 
     def look_again() -> Tree:
         # Of one norm for several shards, devices might choose different powers.
         one = len(leaves) == 1 and leaves[0].size == 1 and not shards.manual_axes()
         if one:
-            powers = jax.tree.map(_power, norms)
             power = _power(leaves[0]).reshape(())
-            found = norms_of(jax.jit(lambda g: _product(widened(g), power)))
-            return jax.tree.map(_better, norms, jax.tree.map(_quotient, found, powers))
+            found = norms_of(jax.jit(lambda g: _product(hidden(g), power)))
+            return jax.tree.map(lambda old, new: _better(old, _quotient(new, power)), norms, found)
         if measure.apart:
             powers = jax.tree.map(_power, norms)
             spread = measure.spread(powers, grads)
@@ -230,10 +232,10 @@ def _looked_at_again(
     def all_times(found: Tree, round: tuple[Callable[[jax.Array], jax.Array], float]) -> Tree:
         is_such, power = round
         # Hidden from XLA, which would make (x * power) * (x * power) into (x * x) * power^2.
-        hidden = jax.lax.optimization_barrier(jnp.float32(power))
-        powers = jax.tree.map(lambda norm: hidden, norms)
+        unknown = jax.lax.optimization_barrier(jnp.float32(power))
+        powers = jax.tree.map(lambda norm: unknown, norms)
         product = _lifted if power == LIFT else _product
-        other = cond(some(is_such), lambda: times(powers, hidden, product), lambda: norms)
+        other = cond(some(is_such), lambda: times(powers, unknown, product), lambda: norms)
         chosen = lambda norm, old, new: jnp.where(is_such(norm), new, old)
         return jax.tree.map(chosen, norms, found, other)
 

@@ -115,6 +115,20 @@ def varied(x: jax.Array, names: Iterable[str]) -> jax.Array:
     return jax.lax.pcast(x, more, to="varying") if more else x
 
 
+def behind_a_barrier(tree: Any) -> Any:
+    """The same arrays, of which XLA does not know that they are.
+
+    One barrier for those that vary over the same axes, as what leaves it varies over all of them.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    for names in sorted({varying(x) for x in leaves}):
+        those = [i for i, x in enumerate(leaves) if varying(x) == names]
+        behind = jax.lax.optimization_barrier([leaves[i] for i in those])
+        for i, x in zip(those, behind, strict=True):
+            leaves[i] = x
+    return treedef.unflatten(leaves)
+
+
 def gathered(x: jax.Array) -> jax.Array:
     """The array whole on each device of an Explicit mesh, so that any reshape of it is possible."""
     kind = jax.typeof(x).sharding
@@ -154,6 +168,11 @@ def _reflected(bits: jax.Array) -> jax.Array:
 def manual_axes() -> Names:
     """The axes that are mapped here, by shard_map or pmap; none where arrays are whole."""
     return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def in_a_stack() -> bool:
+    """Whether a leaf is one layer of a stack, or one example, of many that are measured at once."""
+    return _is_bound(STACK)
 
 
 def _is_bound(name: str) -> bool:
