@@ -54,23 +54,19 @@ def global_norm(ord: float = EUCLIDEAN, *, axis_name: AxisName = None) -> Measur
         leaves = bundles.sums(bundles.single(grads, axis_name), ord)
         return root(power_sum(leaves, ord).reshape(()), ord)
 
+    class Euclidean:
+        """The same for p = 2, for which leaves may be laid together first, see Measure."""
+
+        def __call__(self, grads: Tree, params: Tree) -> jax.Array:
+            del params
+            return self.mapped(lambda leaf: leaf, grads)
+
+        def mapped(self, fun: Callable[[jax.Array], jax.Array], grads: Tree) -> jax.Array:
+            return root(rows.total(bundles.single(grads, axis_name), fun), EUCLIDEAN)
+
     spread = lambda factors, grads: factors
-    found = _Euclidean(axis_name) if ord == EUCLIDEAN else norms
+    found = Euclidean() if ord == EUCLIDEAN else norms
     return Measure(found, spread, sums=ord != math.inf, wide=ord in WIDE)
-
-
-class _Euclidean:
-    """The norm of a tree, for which leaves may be laid together before anything is done to them."""
-
-    def __init__(self, axis_name: AxisName) -> None:
-        self.axis_name = axis_name
-
-    def __call__(self, grads: Tree, params: Tree) -> jax.Array:
-        del params
-        return self.mapped(lambda leaf: leaf, grads)
-
-    def mapped(self, fun: Callable[[jax.Array], jax.Array], grads: Tree) -> jax.Array:
-        return root(rows.total(bundles.single(grads, self.axis_name), fun), EUCLIDEAN)
 
 
 def leaf_norm(ord: float = EUCLIDEAN, *, axis_name: AxisName = None) -> Measure:
