@@ -16,7 +16,7 @@ from ._numbers import TOO_LARGE, TOO_SMALL, is_bad, part, sanitized, where, wide
 from ._place import abstract_norms, beside
 from ._summary import Groups, observe
 from .measure import Measure
-from .measure.arithmetic import in_range
+from .measure.looks import in_range
 from .measure.shards import behind_a_barrier
 from .record import ClipState, start
 from .scale import rescale

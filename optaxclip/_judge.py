@@ -22,7 +22,7 @@ from ._place import abstract_norms, beside
 from ._range import Steps
 from ._summary import in_place, increment_if, maximum
 from .measure import Measure, shards
-from .measure.arithmetic import in_range
+from .measure.looks import in_range
 from .measure.shards import _is_tracked
 from .record import SkipMetrics, SkipRecord
 from .threshold import Threshold

@@ -52,7 +52,7 @@ from ._check import _refuse
 from ._clip import NONFINITE, Scale, clip
 from ._numbers import part
 from .measure import Measure, global_norm, unit_norm
-from .measure.arithmetic import in_range
+from .measure.looks import in_range
 from .measure.shards import gathered, varied, varying
 from .record import ClipState, Metrics, start
 from .scale import rescale, skip

@@ -29,7 +29,7 @@ from ._place import abstract_norms, beside
 from ._range import Count, Range, named, plain
 from ._summary import increment_if
 from .measure import Measure, global_norm
-from .measure.arithmetic import in_range
+from .measure.looks import in_range
 from .record import ClipState
 
 Tree = Any

@@ -10,7 +10,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optaxclip as oc
 from optaxclip.measure import bundles
-from optaxclip.measure.arithmetic import in_range, square_sum
+from optaxclip.measure.arithmetic import square_sum
+from optaxclip.measure.looks import in_range
 
 ONE = pytest.mark.skipif(jax.device_count() > 1, reason="without a mesh: make test has one device")
 
@@ -208,8 +209,8 @@ def test_norm_in_pieces(scale, axis):
 @ONE
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("place", ["00", "29", "33"])
-def test_what_is_not_finite_in_any_piece(place, value):
-    """It makes the norm not finite, and harms nothing once it is sanitized, in whichever piece."""
+def test_what_is_not_finite_in_any_leaf(place, value):
+    """It makes the norm not finite, and harms nothing once it is sanitized, in a piece or not."""
     tree = many()
     tree[place] = tree[place].at[0, 3].set(value)
     tx = oc.clip_by_global_norm()

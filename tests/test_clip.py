@@ -12,7 +12,7 @@ import trees
 from oracles import VARIANTS, norm, once, tree_norm
 
 import optaxclip as oc
-from optaxclip.measure.arithmetic import in_range
+from optaxclip.measure.looks import in_range
 from optaxclip.threshold import Clock, Threshold
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]

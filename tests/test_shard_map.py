@@ -12,7 +12,7 @@ from roster import EVERY
 
 import optaxclip as oc
 from optaxclip import measure
-from optaxclip.measure.arithmetic import in_range
+from optaxclip.measure.looks import in_range
 
 P = PartitionSpec
 SPECS = {"bias": P("x"), "dense": P("x", "y"), "attention": P(None, "y"), "conv": P()}

@@ -51,6 +51,12 @@ def together(ones: list[Bundle]) -> list[Bundle]:
     ]
 
 
+def may_lie_beside(part: Bundle) -> bool:
+    """Whether a leaf may be laid beside others: all are on one device, and it has entries."""
+    leaf = part.leaves[0]
+    return not part.over and layout(leaf) == () and is_known(leaf.size) and leaf.size > 0
+
+
 def sums(parts: list[Bundle], ord: float) -> jax.Array:
     """The power sum of every bundle, as one vector."""
     each = [

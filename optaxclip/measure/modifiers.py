@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from optaxclip import _check
 from optaxclip._numbers import as_like, quotient, widen
 
-from .arithmetic import in_range
 from .base import Axes, AxisRule, Measure, Tree, merge, places, resolve, split
+from .looks import in_range
 from .shards import STACK
 
 

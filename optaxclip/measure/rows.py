@@ -16,21 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from optaxclip import _device
-from optaxclip._numbers import end_to_end, is_known, of_one_dtype
+from optaxclip._numbers import end_to_end, of_one_dtype
 
 from . import bundles, pieces
 from .arithmetic import EUCLIDEAN, squares_of
 from .bundles import Bundle
-from .shards import layout
 
 FEW = 2**10  # entries that are laid beside others as they are, in float64: bytes that are written
 
 
 def are_worth(part: Bundle) -> bool:
     """Whether rows of these leaves may lie beside those of others: all are on one device, a GPU."""
-    leaf = part.leaves[0]
-    alone = not part.over and layout(leaf) == () and is_known(leaf.size)
-    return _device.on_gpu() and alone and leaf.size > 0
+    return _device.on_gpu() and bundles.may_lie_beside(part)
 
 
 def total(parts: list[Bundle], fun: Callable[[jax.Array], jax.Array]) -> jax.Array:

@@ -16,8 +16,8 @@ from optaxclip._check import _refuse, _shown
 from optaxclip._clip import Scale, clip
 from optaxclip._numbers import is_bad, part, real_dtype, widen
 from optaxclip.measure import Measure, global_norm, stacked
-from optaxclip.measure.arithmetic import in_range
 from optaxclip.measure.base import places
+from optaxclip.measure.looks import in_range
 from optaxclip.record import ClipState
 from optaxclip.threshold import constant
 
