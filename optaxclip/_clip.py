@@ -16,7 +16,7 @@ from ._numbers import TOO_LARGE, TOO_SMALL, is_bad, part, sanitized, where, wide
 from ._place import abstract_norms, beside
 from ._summary import Groups, observe
 from .measure import Measure
-from .measure.looks import in_range
+from .measure.looks import packed_in_range
 from .measure.shards import behind_a_barrier
 from .record import ClipState, start
 from .scale import rescale
@@ -114,14 +114,17 @@ def clip(
     # One program for eager calls too, in which `lax.cond` would be compiled anew at each step.
     @functools.partial(jax.jit, inline=True)
     def step(grads: Tree, state: ClipState, params: Tree) -> tuple[Tree, ClipState]:
-        measured, finite = _measured(measure, grads, params, nonfinite)
+        measured, finite, unpacked = _measured(measure, grads, params, nonfinite)
+        uniform = is_uniform(threshold)
+        if not uniform or jax.tree.leaves(state.memory):  # which is kept as the measure has norms
+            measured, finite, unpacked = unpacked(measured), unpacked(finite), lambda norms: norms
         norms, treedef = jax.tree.flatten(measured)
         memories = _apart(state.memory, treedef, norms, threshold)
         limits: list[jax.Array] = []
         entries: list[Entries] = []
         scaled: list[Groups] = []
         real = not any(map(jnp.iscomplexobj, jax.tree.leaves(grads)))
-        bounds, uniform = measure.entries and scale is rescale and real, is_uniform(threshold)
+        bounds = measure.entries and scale is rescale and real
         leaves = jax.tree.leaves(grads)
         for i, (norm, ok) in enumerate(zip(norms, jax.tree.leaves(finite), strict=True)):
             limit, memories[i] = _limited(threshold, norm, ok, memories[i])
@@ -130,7 +133,7 @@ def clip(
                 entries.append(Entries(leaves[i], norm, ok, limit, uniform, nonfinite))
             else:
                 scaled.append(_scaled(scale, norm, ok, limit, nonfinite))
-        spread = lambda parts: measure.spread(treedef.unflatten(parts), grads)
+        spread = lambda parts: measure.spread(unpacked(treedef.unflatten(parts)), grads)
         if bounds:
             updates = bounded(grads, spread(limits), nonfinite)
         else:
@@ -184,13 +187,18 @@ def _is_clock(x: Any) -> bool:
     return isinstance(x, Clock)
 
 
-def _measured(measure: Measure, grads: Tree, params: Tree, nonfinite: str) -> tuple[Tree, Tree]:
-    """The norms that count under the policy, and whether those of `grads` itself are finite."""
-    norms = in_range(measure, grads, params)
+def _measured(
+    measure: Measure, grads: Tree, params: Tree, nonfinite: str
+) -> tuple[Tree, Tree, Callable[[Tree], Tree]]:
+    """The norms that count under the policy, and whether those of `grads` itself are finite.
+
+    Both packed, if that is how they are measured; and what unpacks them.
+    """
+    norms, unpacked = packed_in_range(measure, grads, params)
     finite = jax.tree.map(jnp.isfinite, norms)
     if nonfinite == "sanitize":
-        norms = in_range(measure, jax.tree.map(sanitized, grads), params)
-    return norms, finite
+        norms, _ = packed_in_range(measure, jax.tree.map(sanitized, grads), params)
+    return norms, finite, unpacked
 
 
 def _limited(

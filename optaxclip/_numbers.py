@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from . import _device
 
 Tree = Any
 
@@ -134,6 +137,33 @@ def _end_to_end_bits_jvp(
     primals: tuple[Sequence[jax.Array]], tangents: tuple[Sequence[jax.Array]]
 ) -> tuple[jax.Array, jax.Array]:
     return _end_to_end_bits(*primals), _end_to_end(*tangents)
+
+
+def apart(vector: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
+    """A vector in parts of these sizes, each by itself.
+
+    On a CPU from places that XLA does not know: loops over leaves that are alike but for where
+    they find their own numbers are compiled each, and so are equal. A clip of 1200 leaves by their
+    norms compiles in 7 s, and in 25 with slices.
+    """
+    ends = np.cumsum([0, *sizes]).tolist()
+    if not _device.on_cpu():
+        return [vector[a:b] for a, b in itertools.pairwise(ends)]
+    one = jax.lax.optimization_barrier(jnp.uint32(1))
+    # The second of two numbers, as XLA writes single ones into the loops.
+    places = [jnp.asarray([ends[-1], at], jnp.uint32) for at in ends[:-1]]
+    hidden = [jax.lax.dynamic_slice(place, (one,), (1,)).reshape(()) for place in places]
+    return [
+        jax.lax.dynamic_slice(vector, (at,), (size,))
+        for at, size in zip(hidden, sizes, strict=True)
+    ]
+
+
+def unstacked(vector: jax.Array) -> list[jax.Array]:
+    """Every entry of a vector as a () array, see `apart`."""
+    if not _device.on_cpu():
+        return list(jnp.unstack(vector))
+    return [x.reshape(()) for x in apart(vector, [1] * len(vector))]
 
 
 def _is_narrow(dtype: Any) -> bool:

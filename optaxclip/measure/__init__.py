@@ -44,4 +44,4 @@ from .norms import global_norm as global_norm
 from .norms import leaf_mean as leaf_mean
 from .norms import leaf_norm as leaf_norm
 from .norms import leaf_rms as leaf_rms
-from .norms import unit_norm as unit_norm
+from .units import unit_norm as unit_norm

@@ -25,6 +25,9 @@ from .shards import Names
 # traced arrays, and the order of a norm shapes the program.
 EUCLIDEAN: Final[Any] = np.int64(2)
 
+# The orders whose sums may be of float64: powers of other ones are dear there.
+WIDE = (1, 2)
+
 # A sum over so few entries, which lie so far apart, is one that the library XLA:CPU calls for sums
 # is slow at: 24 x (181, 724) take it 24 ms (jax 0.10.2). It takes no complex numbers, and XLA's own
 # loop over these takes 0.56. From 33 entries on, that loop is slow.

@@ -11,20 +11,32 @@ from optaxclip import _check
 
 Tree = Any
 Axes = tuple[int, ...]
+Fun = Callable[..., jax.Array]
 AxisRule = int | Axes | Callable[[str, jax.Array], int | Axes | None] | None
+
+
+class Packing(NamedTuple):
+    """How one CPU measures many leaves, with few loops to compile: all norms are one array.
+
+    Leaves may be laid together first, so what is to be done to their entries is done after that.
+    """
+
+    # grads, params, fun, *own -> norms of fun(leaf, *its own), where fun is entry by entry and 0 of
+    # 0, and what is its own stands in arrays like the norms.
+    norms: Callable[..., jax.Array]
+    unpacked: Callable[[jax.Array, Tree], Tree]  # norms, grads -> norms as the measure has them
 
 
 class Measure(NamedTuple):
     """How gradients are grouped, and how large each group is."""
 
-    # grads, params -> norms, a small pytree of float32. May have a method mapped(fun, grads), for
-    # the norms of fun(leaf), where fun is entry by entry: it may come after leaves lie together.
-    norms: Callable[[Tree, Tree], Tree]
+    norms: Callable[[Tree, Tree], Tree]  # grads, params -> norms, a small pytree of float32
     spread: Callable[[Tree, Tree], Tree]  # factors, grads -> factors, a prefix tree of grads
     sums: bool = True  # the engine keeps the sums in it in range; False: no need
     apart: bool = False  # each norm is of its own entries alone, and has an array of their leaf
     entries: bool = False  # a norm is the size of one entry, so that a limit can take its place
     wide: bool = False  # its sums may be of float64, where the program itself has none
+    packing: Packing | None = None  # where it is on one CPU device
 
 
 def places(tree: Tree) -> list[tuple[str, jax.Array]]:

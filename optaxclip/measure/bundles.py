@@ -47,7 +47,7 @@ def together(ones: list[Bundle]) -> list[Bundle]:
     return [
         Bundle([each.leaves[0] for each in part], part[0].over)
         for group in groups.values()
-        for part in _parts(group)
+        for part in alike(group, MOST)
     ]
 
 
@@ -84,9 +84,9 @@ def _key(leaf: jax.Array) -> tuple[Any, ...] | None:
     return leaf.shape, leaf.dtype, where
 
 
-def _parts(group: Sequence[Bundle]) -> list[Sequence[Bundle]]:
+def alike(group: Sequence[Any], most: int) -> list[Sequence[Any]]:
     """Parts of one length if possible: loops that are equal are compiled once."""
-    fewest = -(-len(group) // MOST)
+    fewest = -(-len(group) // most)
     count = next((n for n in range(fewest, 2 * fewest + 1) if len(group) % n == 0), fewest)
     length = -(-len(group) // count)
     return [group[i : i + length] for i in range(0, len(group), length)]

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from optaxclip import _check
 from optaxclip._numbers import as_like, quotient, widen
 
-from .base import Axes, AxisRule, Measure, Tree, merge, places, resolve, split
-from .looks import in_range
+from .base import Axes, AxisRule, Fun, Measure, Tree, merge, places, resolve, split
+from .looks import in_range, packed_in_range
 from .shards import STACK
 
 
@@ -103,7 +103,14 @@ def relative(measure: Measure, eps: float | jax.Array) -> Measure:
         # Relative to weights that are lost, no gradient is small.
         return quotient(norm, jnp.where(jnp.isfinite(weight), weight, jnp.nan))
 
-    return Measure(norms, measure.spread, sums=False)
+    def packed(grads: Tree, params: Tree, fun: Fun) -> jax.Array:
+        del fun  # which has nothing to do where no sums are kept in range
+        params = _present(grads, params)
+        weights, _ = packed_in_range(measure, aligned(grads, params), None)
+        return ratio(packed_in_range(measure, grads, None)[0], weights)
+
+    packing = measure.packing and measure.packing._replace(norms=packed)
+    return Measure(norms, measure.spread, sums=False, packing=packing)
 
 
 def relative_entries(

@@ -1,4 +1,4 @@
-"""The measures proper: what is one group, and which norm it has."""
+"""The measures proper: the tree, a leaf or an entry is one group, and has a norm."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optaxclip import _check
-from optaxclip._numbers import widen
+from optaxclip._numbers import unstacked, widen
 
-from . import bundles, rows
-from .arithmetic import EUCLIDEAN, p_norm, power_sum, root
-from .base import Axes, AxisRule, Measure, Tree, places, resolve
+from . import bundles, pieces, rows
+from .arithmetic import EUCLIDEAN, WIDE, power_sum, root
+from .base import Axes, Fun, Measure, Packing, Tree, places
 from .bundles import Bundle
 from .shards import AxisName, count, split_over
-
-# The orders whose sums may be of float64: powers of other ones are dear there.
-WIDE = (1, 2)
 
 
 def global_norm(ord: float = EUCLIDEAN, *, axis_name: AxisName = None) -> Measure:
@@ -50,23 +48,20 @@ def global_norm(ord: float = EUCLIDEAN, *, axis_name: AxisName = None) -> Measur
 
     def norms(grads: Tree, params: Tree) -> jax.Array:
         del params
+        parts = bundles.single(grads, axis_name)
+        if ord == EUCLIDEAN:
+            return root(rows.total(parts), ord)
         # The norm of a tree is the norm of its leaves' norms.
-        leaves = bundles.sums(bundles.single(grads, axis_name), ord)
-        return root(power_sum(leaves, ord).reshape(()), ord)
+        return root(power_sum(bundles.sums(parts, ord), ord).reshape(()), ord)
 
-    class Euclidean:
-        """The same for p = 2, for which leaves may be laid together first, see Measure."""
-
-        def __call__(self, grads: Tree, params: Tree) -> jax.Array:
-            del params
-            return self.mapped(lambda leaf: leaf, grads)
-
-        def mapped(self, fun: Callable[[jax.Array], jax.Array], grads: Tree) -> jax.Array:
-            return root(rows.total(bundles.single(grads, axis_name), fun), EUCLIDEAN)
+    def packed(grads: Tree, params: Tree, fun: Fun, *own: jax.Array) -> jax.Array:
+        del params
+        parts = bundles.single(grads, axis_name)
+        return root(pieces.total(parts, lambda leaf: fun(leaf, *own)), EUCLIDEAN)
 
     spread = lambda factors, grads: factors
-    found = Euclidean() if ord == EUCLIDEAN else norms
-    return Measure(found, spread, sums=ord != math.inf, wide=ord in WIDE)
+    packing = Packing(packed, lambda norms, grads: norms) if ord == EUCLIDEAN else None
+    return Measure(norms, spread, sums=ord != math.inf, wide=ord in WIDE, packing=packing)
 
 
 def leaf_norm(ord: float = EUCLIDEAN, *, axis_name: AxisName = None) -> Measure:
@@ -97,7 +92,13 @@ def leaf_norm(ord: float = EUCLIDEAN, *, axis_name: AxisName = None) -> Measure:
         del params
         return root(rows.sums_of_leaves(bundles.single(grads, axis_name), ord), ord)
 
-    return Measure(norms, _one_per_leaf, sums=ord != math.inf, wide=ord in WIDE)
+    return Measure(
+        norms,
+        _one_per_leaf,
+        sums=ord != math.inf,
+        wide=ord in WIDE,
+        packing=_of_leaves(ord, axis_name),
+    )
 
 
 def leaf_rms(*, axis_name: AxisName = None) -> Measure:
@@ -145,76 +146,6 @@ def leaf_mean(*, axis_name: AxisName = None) -> Measure:
     return _per_entry(1.0, axis_name)
 
 
-def unit_norm(
-    axis: AxisRule = None, ord: float = EUCLIDEAN, *, axis_name: AxisName = None
-) -> Measure:
-    """One norm for each unit of a leaf: the weights into one output neuron or filter.
-
-    Args:
-      axis: the axes that are summed over. None: Optax's default, which is the whole leaf if it
-        has at most one axis longer than 1, axis 0 at rank 2 and 3, and all axes but the last at
-        rank 4 and 5. An int or a tuple: these axes, at every leaf of rank >= 2; a leaf of rank 0
-        or 1 is one unit. A function (path, leaf) -> one of these, asked at rank >= 2, for trees
-        in which kernels of one rank mean different things; path is as "encoder/kernel".
-      ord: p, a real number >= 1 or inf; static.
-      axis_name: the mesh axes that units are split over, see the module; () where every shard
-        holds whole units. None only does where a leaf is one unit, or is not split.
-
-    Returns:
-      A measure whose norms are a list with one array per float leaf, of the leaf's rank, where
-      the summed axes have size 1.
-
-    Raises:
-      TypeError, ValueError: if an argument is not one of these; at init, if a leaf lacks the
-        axis, or has rank > 5 and `axis` is None.
-
-    Example:
-      Flax keeps an embedding as (vocabulary, features), a 1-D convolution as (width, in, out)
-      and an attention output as (heads, head_dim, features):
-
-      >>> import jax.numpy as jnp, optaxclip
-      >>> def axis(path, leaf):
-      ...     if path.endswith("embedding"):
-      ...         return 1
-      ...     if "Conv" in path or path.endswith("out/kernel"):
-      ...         return tuple(range(leaf.ndim - 1))
-      ...     return None
-      >>> grads = {"Conv_0": {"kernel": jnp.ones((3, 3, 2))}, "embedding": jnp.ones((3, 4))}
-      >>> optaxclip.measure.unit_norm(axis).norms(grads, None)
-      [Array([[[3., 3.]]], dtype=float32), Array([[2.],
-             [2.],
-             [2.]], dtype=float32)]
-
-    Reference:
-      Brock et al., High-performance large-scale image recognition without normalization,
-      arXiv:2102.06171, section 4 (there: unit i of W is a row; here, as in Optax and in the
-      authors' code, kernels end in their output axis).
-    """
-    _check.axes(axis=axis)
-    _check.order(ord=ord)
-    _check.axis_name(axis_name=axis_name)
-
-    def norms(grads: Tree, params: Tree) -> list[jax.Array]:
-        del params
-        found: dict[int, jax.Array] = {}
-        whole: dict[int, Bundle] = {}
-        for i, (path, g) in enumerate(places(grads)):
-            axes = _unit_axes(axis, path, g)
-            over = split_over(axis_name, path, g, group=len(axes) == g.ndim)
-            part = Bundle([g], over)
-            if len(axes) == g.ndim and rows.are_worth(part):
-                whole[i] = part
-            else:
-                found[i] = p_norm(g, ord, axes, over)
-        if whole:
-            of_leaves = root(rows.sums_of_leaves([*whole.values()], ord), ord)
-            for (i, part), norm in zip(whole.items(), jnp.unstack(of_leaves), strict=True):
-                found[i] = norm.reshape((1,) * part.leaves[0].ndim)
-        return [found[i] for i in sorted(found)]
-
-    return Measure(norms, _like_leaves, sums=ord != math.inf, apart=True, wide=ord in WIDE)
-
-
 def element() -> Measure:
     """One norm for each coordinate: |g_i|.
 
@@ -242,36 +173,48 @@ def _per_entry(power: float, axis_name: AxisName) -> Measure:
     def entries(path: str, g: jax.Array) -> int:
         return max(g.size, 1) * count(split_over(axis_name, path, g))
 
-    def norms(grads: Tree, params: Tree) -> jax.Array:
-        counts = [entries(path, g) ** power for path, g in places(grads)]
-        sizes = leafwise.norms(grads, params)
-        return sizes / jnp.asarray(counts, sizes.dtype)
+    def counts(grads: Tree) -> np.ndarray:
+        return np.array([entries(path, g) ** power for path, g in places(grads)])
 
-    return Measure(norms, leafwise.spread, wide=True)
+    def norms(grads: Tree, params: Tree) -> jax.Array:
+        sizes = leafwise.norms(grads, params)
+        return sizes / jnp.asarray(counts(grads), sizes.dtype)
+
+    packing = _of_leaves(EUCLIDEAN, axis_name, counts)
+    return Measure(norms, leafwise.spread, wide=True, packing=packing)
+
+
+def _of_leaves(
+    ord: float, axis_name: AxisName, counts: Callable[[Tree], np.ndarray] | None = None
+) -> Packing:
+    """The packing of one norm per leaf, over what is counted there."""
+
+    def parts(grads: Tree) -> tuple[list[Bundle], list[Axes]]:
+        found = bundles.single(grads, axis_name)
+        return found, [tuple(range(part.leaves[0].ndim)) for part in found]
+
+    def order(grads: Tree) -> np.ndarray:
+        return np.array([i for run in pieces.runs(*parts(grads)) for i in run], int)
+
+    def norms(grads: Tree, params: Tree, fun: Fun, *own: jax.Array) -> jax.Array:
+        del params
+        sizes = root(pieces.power_sums(*parts(grads), ord, fun, own), ord)
+        return (
+            sizes
+            if counts is None
+            else sizes / jnp.asarray(counts(grads)[order(grads)], sizes.dtype)
+        )
+
+    def unpacked(norms: jax.Array, grads: Tree) -> jax.Array:
+        places = np.argsort(order(grads))
+        return norms.at[places].get(unique_indices=True, mode="promise_in_bounds")
+
+    return Packing(norms, unpacked)
 
 
 def _one_per_leaf(factors: jax.Array, grads: Tree) -> Tree:
-    return jax.tree.structure(grads).unflatten(jnp.unstack(factors))
+    return jax.tree.structure(grads).unflatten(unstacked(factors))
 
 
 def _like_leaves(factors: list[jax.Array], grads: Tree) -> Tree:
     return jax.tree.structure(grads).unflatten(factors)
-
-
-def _unit_axes(rule: AxisRule, path: str, leaf: jax.Array) -> Axes:
-    whole = tuple(range(leaf.ndim))
-    if leaf.ndim <= 1:
-        return whole
-    axes = resolve(rule, path, leaf)
-    if axes is not None:
-        return axes
-    if sum(n != 1 for n in leaf.shape) <= 1:
-        return whole
-    by_rank = {2: (0,), 3: (0,), 4: (0, 1, 2), 5: (0, 1, 2, 3)}
-    if leaf.ndim not in by_rank:
-        message = (
-            f"axis=None knows ranks up to 5; leaf {path!r} has shape {leaf.shape}: "
-            "give axis a function (path, leaf) -> axes"
-        )
-        raise ValueError(message)
-    return by_rank[leaf.ndim]

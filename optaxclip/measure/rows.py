@@ -9,7 +9,7 @@ while FEW was 2**13, the latter with three sums in float32.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ import numpy as np
 from optaxclip import _device
 from optaxclip._numbers import end_to_end, of_one_dtype
 
-from . import bundles, pieces
+from . import bundles
 from .arithmetic import EUCLIDEAN, squares_of
 from .bundles import Bundle
 
@@ -30,13 +30,14 @@ def are_worth(part: Bundle) -> bool:
     return _device.on_gpu() and bundles.may_lie_beside(part)
 
 
-def total(parts: list[Bundle], fun: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """The sum of the squares of fun(leaf) over all leaves, see :func:`.pieces.total`."""
-    here = [part._replace(leaves=[fun(part.leaves[0])]) for part in parts if are_worth(part)]
+def total(parts: list[Bundle]) -> jax.Array:
+    """The sum of the squares of all leaves."""
+    here = [part for part in parts if are_worth(part)]
     rest = [part for part in parts if not are_worth(part)]
+    of_rest = jnp.sum(bundles.sums(bundles.together(rest), EUCLIDEAN))
     if not here:
-        return pieces.total(parts, fun)
-    others = [pieces.total(rest, fun).reshape(1)] if rest else []
+        return of_rest
+    others = [of_rest.reshape(1)] if rest else []
     return jnp.sum(_joined([*map(_rows, bundles.together(here)), *others]))
 
 
