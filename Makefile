@@ -42,7 +42,8 @@ suite:
 	OPTAXCLIP_TESTED=wheel $(BIN)/pytest -q -n auto --dist worksteal --durations=10 \
 	  --pyargs optaxclip tests/ $(ARGS)
 	XLA_FLAGS=$(ONE_DEVICE) OPTAXCLIP_TESTED=wheel $(BIN)/pytest -q -n auto --dist worksteal \
-	  tests/test_bundles.py tests/test_clip.py tests/test_measure.py tests/test_record.py
+	  tests/test_bundles.py tests/test_pieces.py tests/test_clip.py tests/test_measure.py \
+	  tests/test_record.py
 	XLA_FLAGS=$(ONE_DEVICE) OPTAXCLIP_PRETEND_GPU=1 OPTAXCLIP_TESTED=wheel $(BIN)/pytest -q -n auto \
 	  --dist worksteal tests/test_clip.py tests/test_measure.py tests/test_record.py
 

@@ -127,7 +127,9 @@ def clip(
         bounds = measure.entries and scale is rescale and real
         leaves = jax.tree.leaves(grads)
         for i, (norm, ok) in enumerate(zip(norms, jax.tree.leaves(finite), strict=True)):
-            limit, memories[i] = _limited(threshold, norm, ok, memories[i])
+            # One limit for all entries is one number.
+            shown = jnp.zeros((), norm.dtype) if bounds and uniform else norm
+            limit, memories[i] = _limited(threshold, shown, ok, memories[i])
             limits.append(limit)
             if bounds:
                 entries.append(Entries(leaves[i], norm, ok, limit, uniform, nonfinite))

@@ -6,6 +6,7 @@ What `rescale` does to `measure.element()`, but by limits, not by factors.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import _device
-from ._numbers import TOO_LARGE, is_bad, maxima_and_counts, where, widen
+from ._numbers import TOO_LARGE, from_float, is_bad, maxima_and_counts, to_float, where, widen
+from .measure import pieces
 
 Tree = Any
 
@@ -24,10 +26,10 @@ BAD = np.int32(0x7F800000)  # the bits of inf; those of NaN are more, those of n
 class Entries(NamedTuple):
     """One step of one leaf, entry by entry."""
 
-    grad: jax.Array  # the leaf; of packed ones the first, as nobody reads it then
+    grad: jax.Array  # the leaf
     norm: jax.Array  # float32 or float64, |g| of every entry that counts
     finite: jax.Array  # bool, as norm, whether what came in was finite
-    limit: jax.Array  # as norm
+    limit: jax.Array  # as norm, or () if it is uniform
     uniform: bool  # whether that is one limit for all entries of all leaves
     nonfinite: str  # the policy
 
@@ -39,16 +41,46 @@ def bounded(grads: Tree, limits: Tree, nonfinite: str) -> Tree:
     uses, as in Adam. clip_by_value and AdamW, 10 M entries: 28.8 ms by factors, 15.7 so.
     """
 
+    @jax.jit  # traced and lowered once for all leaves of one shape
     def one(grad: jax.Array, limit: jax.Array) -> jax.Array:
-        x, allowed = widen(grad), jnp.where(is_bad(limit), 0, limit)
-        size = jnp.abs(x)
-        most = jnp.where(x < 0, -allowed, allowed)
-        other = jnp.nan if nonfinite == "propagate" else 0
-        most = jnp.where(size < jnp.inf, most, jnp.full_like(x, other))
-        kept = (size <= allowed) & (size < jnp.inf)
-        return where(kept, grad, most.astype(grad.dtype))
+        allowed = jnp.where(is_bad(limit), 0, limit)
+        # Floats of 8 bits differ in what their bits mean.
+        bound = _bounded_bits if grad.dtype.itemsize > 1 else _bounded
+        return bound(grad, allowed, nonfinite)
 
     return jax.tree.map(one, grads, limits)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _bounded_bits(grad: jax.Array, allowed: jax.Array, nonfinite: str) -> jax.Array:
+    """As `_bounded`, by what is the same in all sizes of floats: they are ordered as their bits.
+
+    XLA:CPU flushes no integers and takes their minimum fast: of 10 M entries, SGD with Optax's clip
+    takes 2.9 ms, with this one 2.9, and with selections of floats 3.2.
+    """
+    bits = from_float(grad)
+    sign = bits & from_float(jnp.asarray(-0.0, grad.dtype))
+    most = from_float(jnp.asarray(jnp.inf, grad.dtype))
+    size = bits ^ sign
+    least = jnp.minimum(size, from_float(allowed.astype(grad.dtype)))
+    other = from_float(jnp.asarray(jnp.nan if nonfinite == "propagate" else 0, grad.dtype))
+    return to_float(jnp.where(size < most, least | sign, other), grad.dtype)
+
+
+@_bounded_bits.defjvp
+def _bounded_bits_jvp(nonfinite: str, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    value = _bounded_bits(*primals, nonfinite)
+    plain = functools.partial(_bounded, nonfinite=nonfinite)
+    return value, jax.jvp(plain, primals, tangents)[1]
+
+
+def _bounded(grad: jax.Array, allowed: jax.Array, nonfinite: str) -> jax.Array:
+    x, other = widen(grad), jnp.nan if nonfinite == "propagate" else 0
+    size = jnp.abs(x)
+    most = jnp.where(x < 0, -allowed, allowed)
+    most = jnp.where(size < jnp.inf, most, jnp.full_like(x, other))
+    kept = size <= jnp.minimum(allowed, jnp.finfo(x.dtype).max)
+    return where(kept, grad, most.astype(grad.dtype))
 
 
 def bounded_norms(norm: jax.Array, limit: jax.Array, nonfinite: str) -> tuple[jax.Array, jax.Array]:
@@ -70,68 +102,73 @@ def bounded_norms(norm: jax.Array, limit: jax.Array, nonfinite: str) -> tuple[ja
     return clipped_norm, jnp.where(counts, excess, bad)
 
 
-def read_once(entries: Entries) -> tuple[jax.Array, ...]:
+def read_once(ones: Sequence[Entries]) -> tuple[jax.Array, ...]:
     """The largest norm before and after, the smallest factor, how many are clipped and are bad.
 
     The largest entry and how many are above the limit are all there is to know of a step without
     inf and NaN: 10 M entries take 2.1 ms, and 5.7 by the factor of each.
 
     Args:
-      entries: of float32, on one device, with one limit for all.
+      ones: of float32, on one device, with one limit for all; on a GPU one.
 
     Returns:
       float32 each, of all entries, or on a GPU of every row.
     """
-    grad, norm, finite, limits, _, nonfinite = entries
-    limit = limits[(0,) * limits.ndim]
-    most, most_finite, clipped, bad = _extremes(norm, grad, finite, limit, nonfinite)
+    first = ones[0]
+    limit, nonfinite = first.limit[(0,) * first.limit.ndim], first.nonfinite
+    most, most_finite, clipped, bad = _extremes([one.grad for one in ones], limit)
+    if nonfinite == "sanitize":
+        most = most_finite
     last = most if nonfinite == "propagate" else most_finite
     clipped_norm, _ = bounded_norms(last, limit, nonfinite)
     _, excess = bounded_norms(most, limit, nonfinite)
     return most, clipped_norm, 1 / excess, clipped, bad
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
-def _extremes(
-    norm: jax.Array, grad: jax.Array, finite: jax.Array, limit: jax.Array, nonfinite: str
-) -> tuple[jax.Array, ...]:
-    """The largest norm, the largest finite one, how many are finite and above, and how many bad."""
+@jax.custom_jvp
+def _extremes(leaves: list[jax.Array], limit: jax.Array) -> tuple[jax.Array, ...]:
+    """The largest size, the largest finite one, how many are finite and above, and how many bad."""
     # Sizes as integers, which XLA:CPU may reorder, and so makes fast.
-    bits = _bits(norm)
     allowed = _bits(jnp.where(is_bad(limit), 0, jnp.abs(limit)))  # -0 is none
     # Nothing is above inf; and what is below the normal numbers is not above 0, as XLA:CPU has it.
-    above = bits > jnp.clip(allowed, NORMAL - 1, BAD - 1)
-    axes = _device.axes_first(norm.shape)
-    if nonfinite == "sanitize":  # nothing is beyond any more
-        most, count, bad = maxima_and_counts([bits], [above, ~finite], axes)
-        least, over = most, jnp.zeros_like(bad)
-    elif _device.on_gpu():  # reads once for all
-        sizes, masks = [bits, _within(bits)], [above, bits >= BAD]
-        most, least, count, over = maxima_and_counts(sizes, masks, axes)
-        bad = over
+    allowed = jnp.clip(allowed, NORMAL - 1, BAD - 1)
+
+    def of_all(bits: jax.Array) -> list[jax.Array]:
+        return maxima_and_counts([bits], [bits > allowed], range(bits.ndim))
+
+    def of_finite(bits: jax.Array) -> list[jax.Array]:
+        return maxima_and_counts([_within(bits)], [bits >= BAD], range(bits.ndim))
+
+    def of(fun: Callable[[jax.Array], list[jax.Array]]) -> tuple[jax.Array, jax.Array]:
+        found = pieces.each(leaves, lambda x: fun(_bits(jnp.abs(widen(x)))))
+        most, counts = map(jnp.stack, zip(*found, strict=True))
+        return jnp.max(most), jnp.sum(counts.astype(jnp.float32))  # beyond what int32 can count
+
+    if _device.on_gpu():  # reads once for all
+        (leaf,) = leaves
+        bits = _bits(jnp.abs(widen(leaf)))
+        sizes, masks = [bits, _within(bits)], [bits > allowed, bits >= BAD]
+        found = maxima_and_counts(sizes, masks, _device.axes_first(leaf.shape))
+        most, least, count, bad = *found[:2], *(x.astype(jnp.float32) for x in found[2:])
     else:
-        most, count = maxima_and_counts([bits], [above], axes)
-
-        def again() -> tuple[jax.Array, ...]:
-            # Of the leaf, as what else it took would be an array in memory.
-            seen = _bits(jnp.abs(widen(grad)))
-            return tuple(maxima_and_counts([_within(seen)], [seen >= BAD], axes))
-
-        least, over = jax.lax.cond(most >= BAD, again, lambda: (most, jnp.zeros_like(count)))
-        bad = over
+        most, count = of(of_all)
+        # Of the leaves, as what else it took would be an array in memory.
+        nothing = lambda: (most, jnp.zeros_like(count))
+        least, bad = jax.lax.cond(most >= BAD, lambda: of(of_finite), nothing)
     sizes = [jax.lax.bitcast_convert_type(x, jnp.float32) for x in (most, least)]
-    return (*sizes, *(x.astype(jnp.float32) for x in (count - over, bad)))
+    return (*sizes, count - bad, bad)
 
 
 @_extremes.defjvp
-def _extremes_jvp(nonfinite: str, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    norm, moved = primals[0], tangents[0]
-    finite = lambda x: jnp.where(jnp.isfinite(norm), x, jnp.zeros_like(x))
-    largest = lambda x, dx: jax.jvp(lambda x: jnp.max(x, _device.axes_first(x.shape)), (x,), (dx,))[
-        1
-    ]
-    value = _extremes(*primals, nonfinite)  # integers have no derivative
-    within = largest(finite(norm), finite(moved))
+def _extremes_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    def largest(leaves: list[jax.Array]) -> jax.Array:
+        sizes = [jnp.abs(widen(x)) for x in leaves]
+        sizes = [jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x)) for x in sizes]
+        each = [jnp.max(x, _device.axes_first(x.shape)) for x in sizes]
+        return each[0] if len(each) == 1 else jnp.max(jnp.stack(each))
+
+    value = _extremes(*primals)  # integers have no derivative
+    within = jax.jvp(largest, (primals[0],), (tangents[0],))[1]
     whole = jnp.where(jnp.isfinite(value[0]), within, jnp.zeros_like(within))
     return value, (whole, within, *map(jnp.zeros_like, value[2:]))
 

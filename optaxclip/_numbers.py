@@ -75,7 +75,7 @@ def _where(mask: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def _where_bits(mask: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-    return _from_bits(_where(mask, _bits(x), _bits(y)), x.dtype)
+    return to_float(_where(mask, from_float(x), from_float(y)), x.dtype)
 
 
 @_where_bits.defjvp
@@ -129,7 +129,7 @@ def _end_to_end(arrays: Sequence[jax.Array]) -> jax.Array:
 @jax.custom_jvp
 def _end_to_end_bits(arrays: Sequence[jax.Array]) -> jax.Array:
     # XLA:CPU would widen each array, and lay these beside each other.
-    return _from_bits(_end_to_end([*map(_bits, arrays)]), arrays[0].dtype)
+    return to_float(_end_to_end([*map(from_float, arrays)]), arrays[0].dtype)
 
 
 @_end_to_end_bits.defjvp
@@ -171,11 +171,13 @@ def _is_narrow(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits in (8, 16)
 
 
-def _bits(x: jax.Array) -> jax.Array:
+def from_float(x: jax.Array) -> jax.Array:
+    """Its bits, as unsigned integers."""
     return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{jnp.finfo(x.dtype).bits}"))
 
 
-def _from_bits(bits: jax.Array, dtype: Any) -> jax.Array:
+def to_float(bits: jax.Array, dtype: Any) -> jax.Array:
+    """What has these bits."""
     return jax.lax.bitcast_convert_type(bits, dtype)
 
 

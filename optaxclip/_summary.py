@@ -12,7 +12,7 @@ import optax
 
 from . import _device
 from ._entries import Entries, bounded_norms, read_once
-from ._numbers import end_to_end, is_known, maxima_and_counts
+from ._numbers import end_to_end, is_known, maxima_and_counts, widen
 from .measure import shards
 from .record import Metrics
 
@@ -51,7 +51,7 @@ class _Summary(NamedTuple):
 
 def observe(before: Metrics, groups: Sequence[Groups | Entries]) -> Metrics:
     """The metrics after one more step."""
-    parts = [_summary(g) for g in _packed(groups) if g.norm.size]
+    parts = [_summary(g) for g in _packed(groups)]
     nothing = _Summary(*(jnp.full((), x, jnp.float32) for x in (0, 0, jnp.inf, 1, 0, 0)))
     each = _Summary(*map(end_to_end, zip(*(parts or [nothing]), strict=True)))
     count, bad = jnp.sum(each.clipped), jnp.sum(each.bad)
@@ -79,54 +79,71 @@ def in_place(old: jax.Array, new: jax.Array, steps: jax.Array) -> jax.Array:
     return jnp.where(steps < 0, old, new)
 
 
-def _packed(groups: Sequence[Groups | Entries]) -> Sequence[Groups | Entries]:
+def _packed(groups: Sequence[Groups | Entries]) -> list[Groups | list[Entries]]:
     """The same groups in fewer arrays: those of small ones behind each other, on one device.
 
     The maxima and sums of each array are loops of their own: of adaptive_grad_clip on 300 leaves,
-    metrics take 11 s to compile apart, and 1.5 packed. Entries are only worth it on a GPU.
+    metrics take 11 s to compile apart, and 1.5 packed. Entries that are read once are together.
     """
-    small = [
-        g
-        for g in groups
-        if (isinstance(g, Groups) or (g.uniform and _device.on_gpu()))
-        and (shards.layout(g.norm), g.norm.dtype) == ((), jnp.float32)
-        and is_known(g.norm.size)
-        and 0 < g.norm.size <= (SMALL if isinstance(g, Groups) else FEW)
-    ]
-    if len(small) < 2:
-        return groups
+    found: list[Groups | list[Entries]] = []
+    small: list[Groups] = []
+    once: list[Entries] = []
+    for g in groups:
+        if not g.norm.size:
+            continue
+        if isinstance(g, Entries) and g.uniform and _is_one(g.norm):
+            once.append(g)
+            continue
+        own = g if isinstance(g, Groups) else Groups.of(g)
+        few = isinstance(g, Groups) and _is_one(g.norm) and g.norm.size <= SMALL
+        (small if few else found).append(own)
+    return [*found, *_together(small), *_read_together(once)]
 
-    entries = isinstance(small[0], Entries)
-    alike_in_all = ("grad", "limit", "uniform", "nonfinite") if entries else ()
+
+def _is_one(norm: jax.Array) -> bool:
+    """Whether it is float32, on one device, and counts of it are in range of int32."""
+    here = shards.layout(norm) == () and norm.dtype == jnp.float32
+    return here and is_known(norm.size) and norm.size < 2**31
+
+
+def _together(small: list[Groups]) -> list[Groups]:
+    if len(small) < 2:
+        return small
 
     def packed(field: str) -> Any:
         parts = [getattr(g, field) for g in small]
-        if parts[0] is None or field in alike_in_all:
-            return parts[0]
+        if parts[0] is None:
+            return None
         alike = [jnp.broadcast_to(x, g.norm.shape) for x, g in zip(parts, small, strict=True)]
         # Without the barrier, XLA would fuse what makes a part into the loop over all.
         return jax.lax.optimization_barrier(end_to_end(alike))
 
-    one = type(small[0])(*map(packed, small[0]._fields))
-    rest = [g for g in groups if not any(g is other for other in small)]
-    return [one, *rest]
+    return [Groups(*map(packed, Groups._fields))]
 
 
-def _summary(g: Groups | Entries) -> _Summary:
-    one_device = shards.layout(g.norm) == () and g.norm.dtype == jnp.float32
-    at_once = one_device and is_known(g.norm.size) and 1 < g.norm.size < 2**31  # int32 counts
-    if isinstance(g, Entries):
-        if at_once and g.uniform:
-            norm, clipped_norm, factor, clipped, bad = read_once(g)
-            limit = jnp.broadcast_to(g.limit[(0,) * g.limit.ndim], norm.shape)
-            return _Summary(norm, clipped_norm, limit, factor, clipped, bad)
-        g = Groups.of(g)
+def _read_together(once: list[Entries]) -> list[list[Entries]]:
+    """All of them on a CPU; on a GPU, where each kernel takes time to start, the small ones."""
+    if not _device.on_gpu():
+        return [once] if once else []
+    small = [g for g in once if g.grad.size <= FEW]
+    if len(small) < 2:
+        return [[g] for g in once]
+    leaf = jax.lax.optimization_barrier(end_to_end([widen(g.grad) for g in small]))
+    return [[small[0]._replace(grad=leaf)], *([g] for g in once if g.grad.size > FEW)]
+
+
+def _summary(g: Groups | list[Entries]) -> _Summary:
+    if isinstance(g, list):
+        norm, clipped_norm, factor, clipped, bad = read_once(g)
+        limit = jnp.broadcast_to(g[0].limit[(0,) * g[0].limit.ndim], norm.shape)
+        return _Summary(norm, clipped_norm, limit, factor, clipped, bad)
     alike = lambda x: jnp.broadcast_to(x.astype(g.norm.dtype), g.norm.shape)
     # The smallest factor is that of the largest of these.
     order = -alike(g.factor) if g.excess is None else g.excess
     clipped = jnp.isfinite(g.norm) & (order > (-1 if g.excess is None else 1))
     sizes = (g.norm, alike(g.clipped_norm), -alike(g.limit), order)
     masks = (clipped, ~g.finite)
+    at_once = _is_one(g.norm) and g.norm.size > 1
     found = _in_one_read(sizes, masks) if at_once else (*map(maximum, sizes), *map(_total, masks))
     norm, clipped_norm, limit, last, *counts = found
     return _Summary(norm, clipped_norm, -limit, -last if g.excess is None else 1 / last, *counts)

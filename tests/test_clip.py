@@ -428,6 +428,58 @@ def test_a_norm_too_large_for_a_memory_does_not_enter_it():
         np.testing.assert_allclose(updates[1], 2.0)  # twice the mean of 1 that was learned
 
 
+# -- entries are bounded by their bits
+
+
+def edges(dtype):
+    """Both signs of what is at an edge of a dtype, and of what is not finite."""
+    info = jnp.finfo(dtype)
+    sizes = [0, info.smallest_subnormal, info.tiny, 0.3, 1, 1 + float(info.eps), 3, info.max]
+    sizes = np.array([*map(float, sizes), np.inf, np.nan])
+    return np.concatenate([sizes, -sizes]).astype(dtype)
+
+
+@pytest.mark.parametrize("nonfinite", ["zero", "propagate", "sanitize"])
+@pytest.mark.parametrize("limit", [0.0, 1e-40, 0.3, 1.0, 1.001, 1e5, 3e38, np.inf])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "float8_e5m2"])
+def test_entries_at_the_edges_of_a_dtype(dtype, limit, nonfinite):
+    """An entry within the limit keeps its bits, subnormal ones too; others become the limit."""
+    with jax.enable_x64(dtype == "float64"):
+        entries = edges(jnp.dtype(dtype))
+        tx = oc.clip_by_value(limit, nonfinite=nonfinite, record=False)
+        found = np.asarray(jax.jit(tx.update)(jnp.asarray(entries), tx.init(entries))[0])
+
+        assert found.dtype == entries.dtype
+        bits = np.dtype(f"uint{8 * entries.dtype.itemsize}")
+        wide = entries.astype(np.float64)
+        good = np.isfinite(wide)
+        bound = np.dtype("float64" if dtype == "float64" else "float32").type(limit)
+        with np.errstate(over="ignore"):  # no float16 is as large
+            cast = bound.astype(entries.dtype).astype(np.float64)
+        kept = good & (np.abs(wide) <= bound)
+        np.testing.assert_array_equal(found.view(bits)[kept], entries.view(bits)[kept])
+        clipped = found[good & ~kept].astype(np.float64)
+        np.testing.assert_array_equal(clipped, np.copysign(cast, wide[good & ~kept]))
+        other = np.nan if nonfinite == "propagate" else 0
+        np.testing.assert_array_equal(found[~good].astype(np.float64), other)
+
+
+def test_derivative_of_bounded_entries():
+    """1 within the limit and 0 beyond; by the limit, the sign of what is beyond; never NaN."""
+    entries = jnp.array([0.5, -0.5, 3.0, -3.0, jnp.inf, jnp.nan])
+
+    def clipped(entries, limit):
+        tx = oc.clip_by_value(limit, record=False)
+        return tx.update(entries, tx.init(entries))[0]
+
+    by_entry, by_limit = jax.jacfwd(clipped, (0, 1))(entries, 1.0)
+    np.testing.assert_array_equal(by_entry, np.diag([1.0, 1, 0, 0, 0, 0]))
+    np.testing.assert_array_equal(by_limit, [0.0, 0, 1, -1, 0, 0])
+    backward = jax.jacrev(clipped, (0, 1))(entries, 1.0)
+    np.testing.assert_array_equal(backward[0], by_entry)
+    np.testing.assert_array_equal(backward[1], by_limit)
+
+
 # -- norm from 1.2e-38 to 3.4e38: measured right in any dtype
 
 

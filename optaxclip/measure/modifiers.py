@@ -12,7 +12,7 @@ from optaxclip._numbers import as_like, quotient, widen
 
 from .base import Axes, AxisRule, Fun, Measure, Tree, merge, places, resolve, split
 from .looks import in_range, packed_in_range
-from .shards import STACK
+from .shards import STACK, behind_a_barrier
 
 
 def by_label(labels: Tree, measure: Measure) -> Measure:
@@ -93,9 +93,8 @@ def relative(measure: Measure, eps: float | jax.Array) -> Measure:
     _check.positive(eps=eps)
 
     def norms(grads: Tree, params: Tree) -> Tree:
-        params = _present(grads, params)
         # Each is brought into range by itself: their ratio says nothing of how large they are.
-        weights = in_range(measure, aligned(grads, params), None)
+        weights = in_range(measure, _weights(grads, params), None)
         return jax.tree.map(ratio, in_range(measure, grads, None), weights)
 
     def ratio(norm: jax.Array, weight: jax.Array) -> jax.Array:
@@ -105,8 +104,7 @@ def relative(measure: Measure, eps: float | jax.Array) -> Measure:
 
     def packed(grads: Tree, params: Tree, fun: Fun) -> jax.Array:
         del fun  # which has nothing to do where no sums are kept in range
-        params = _present(grads, params)
-        weights, _ = packed_in_range(measure, aligned(grads, params), None)
+        weights, _ = packed_in_range(measure, _weights(grads, params), None)
         return ratio(packed_in_range(measure, grads, None)[0], weights)
 
     packing = measure.packing and measure.packing._replace(norms=packed)
@@ -146,7 +144,7 @@ def relative_entries(
     _check.positive(absolute=absolute)
 
     def norms(grads: Tree, params: Tree) -> Tree:
-        weights = aligned(grads, _present(grads, params))
+        weights = _weights(grads, params)
         return measure.norms(jax.tree.map(quotients, grads, weights), None)
 
     def quotients(grad: jax.Array, weight: jax.Array) -> jax.Array:
@@ -236,13 +234,18 @@ def aligned(grads: Tree, params: Tree) -> Tree:
     return jax.tree.map(lambda g, p: None if g is None else p, grads, params, is_leaf=is_none)
 
 
-def _present(grads: Tree, params: Tree) -> Tree:
-    """The parameters, made sure that they were given."""
+def _weights(grads: Tree, params: Tree) -> Tree:
+    """The parameters of the leaves that are measured, made sure that they were given."""
     if params is None and jax.tree.leaves(grads):
         message = "a relative norm needs the parameters: call update(grads, state, params)"
         raise ValueError(message)
     _check.alike(grads, "the gradients", params=params)
-    return params
+    weights = aligned(grads, params)
+    if any(x.dtype.itemsize < 4 for x in jax.tree.leaves(weights)):
+        # From XLA, which would widen once for the norm and for what adds the updates to them, and
+        # write that to memory.
+        weights = behind_a_barrier(weights)
+    return weights
 
 
 def _each_layer(fun: Callable[..., Tree], stack: str) -> Callable[..., Tree]:

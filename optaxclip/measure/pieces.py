@@ -47,7 +47,8 @@ def total(parts: list[Bundle], fun: Callable[[jax.Array], jax.Array]) -> jax.Arr
             small.setdefault(jax.typeof(leaf).dtype, []).append(leaf)
         else:
             alone.append(part._replace(leaves=[fun(leaf)]))
-    sums = [_total_in_pieces(leaves, fun) for leaves in small.values()]
+    of_piece = lambda x: [square_sum([fun(x)])]
+    sums = [total for leaves in small.values() for (total,) in _in_pieces(leaves, of_piece)]
     sums.append(jnp.sum(bundles.sums(bundles.together(alone), EUCLIDEAN)))
     return added(of_one_dtype(sums))
 
@@ -99,21 +100,25 @@ def kept(leaf: jax.Array, axes: Axes) -> list[int]:
 
 
 def _beside(leaves: list[jax.Array], axes: Axes, found: list[jax.Array]) -> tuple[jax.Array, Axes]:
-    """Small leaves that are alike beside each other, and the axes to sum over there.
+    """Small leaves that are alike beside each other, and the axes to sum over there."""
+    whole = len(axes) == leaves[0].ndim
+    shape, over = ((leaves[0].size,), (0,)) if whole else (leaves[0].shape, axes)
+    x = _end_to_end(leaves, _nothing([[last] for last in found]))
+    return x.reshape(len(leaves), *shape), tuple(a + 1 for a in over)
 
-    They are laid down once what is found is found, for the reason that `_zero` has.
-    """
+
+def _end_to_end(leaves: list[jax.Array], zero: jax.Array) -> jax.Array:
     first, *others = leaves
-    first += _nothing(found).astype(first.dtype)
-    whole = len(axes) == first.ndim
-    shape, over = ((first.size,), (0,)) if whole else (first.shape, axes)
-    return end_to_end([first, *others]).reshape(len(leaves), *shape), tuple(a + 1 for a in over)
+    return end_to_end([first + zero.astype(first.dtype), *others])
 
 
-def _nothing(found: list[jax.Array]) -> jax.Array:
-    """Zero. XLA does not know that no power sum is below it."""
-    last = jax.lax.stop_gradient(found[-1][0]) if found else jnp.zeros(())
-    return jnp.where(last < 0, last, 0)
+def _nothing(found: list[Sequence[jax.Array]]) -> jax.Array:
+    """Zero, of which XLA does not know that no result is below it: so it has to take that first.
+
+    Else it would make memory for all pieces at once. (And so pieces do not run side by side.)
+    """
+    last = jax.lax.stop_gradient(found[-1][-1].reshape(-1)[0]) if found else jnp.zeros(())
+    return jnp.where(last < 0, last, jnp.zeros_like(last))
 
 
 def are_here(tree: Any) -> bool:
@@ -134,24 +139,36 @@ def _is_small(leaf: jax.Array) -> bool:
     return 0 < leaf.size <= SMALL and leaf.dtype.itemsize >= 2
 
 
-def _total_in_pieces(leaves: list[jax.Array], fun: Callable[[jax.Array], jax.Array]) -> jax.Array:
+def each(
+    leaves: Sequence[jax.Array], fun: Callable[[jax.Array], Sequence[jax.Array]]
+) -> list[Sequence[jax.Array]]:
+    """What `fun` makes of every piece of small leaves, and of every other leaf.
+
+    Args:
+      leaves: all on one device, a CPU.
+      fun: of an array of any shape; its last result is a number >= 0, or NaN. It may get zeros
+        beyond what is in the leaves.
+    """
+    small, found = dict[Any, list[jax.Array]](), list[Sequence[jax.Array]]()
+    for leaf in leaves:
+        if _is_small(leaf):
+            small.setdefault(leaf.dtype, []).append(leaf)
+        else:
+            found.append(fun(leaf))
+    return [*found, *(result for group in small.values() for result in _in_pieces(group, fun))]
+
+
+def _in_pieces(
+    leaves: list[jax.Array], fun: Callable[[jax.Array], Sequence[jax.Array]]
+) -> list[Sequence[jax.Array]]:
     pieces = _pieces(leaves)
     # Of one length, as equal loops are compiled once, with a zero at least.
     length = 1 + (PIECE if len(pieces) > 1 else sum(leaf.size for leaf in leaves))
-    found: list[jax.Array] = []
+    found: list[Sequence[jax.Array]] = []
     for piece in pieces:
-        dtype = jax.typeof(piece[0]).dtype
-        rest = jnp.full(length - sum(leaf.size for leaf in piece), _zero(found), dtype)
-        found.append(square_sum([fun(end_to_end([*piece, rest]))]))
-    return added(found)
-
-
-def _zero(found: list[jax.Array]) -> Any:
-    """Zero, or NaN if that is the sum of the piece before: so XLA has to take that sum first.
-
-    Else it would make memory for all pieces at once. (And so pieces do not run side by side.)
-    """
-    return jax.lax.stop_gradient(jnp.minimum(found[-1], 0)) if found else 0
+        x = _end_to_end(piece, _nothing(found))
+        found.append(fun(jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, length - x.size, 0)])))
+    return found
 
 
 def _pieces(leaves: list[jax.Array]) -> list[list[jax.Array]]:

@@ -1,0 +1,260 @@
+"""One CPU lays small leaves together: fewer loops, no more memory, and numbers as right."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import trees
+
+import optaxclip as oc
+from optaxclip.measure import pieces
+from optaxclip.measure.looks import in_range
+
+pytestmark = pytest.mark.skipif(
+    jax.device_count() > 1, reason="without a mesh: make test has one device"
+)
+
+
+@pytest.mark.parametrize(
+    ("make", "dtype"),
+    [
+        (oc.clip_by_global_norm, jnp.float32),
+        (oc.clip_by_global_norm, jnp.bfloat16),
+        (oc.clip_by_norm, jnp.float32),
+        (oc.clip_by_norm, jnp.bfloat16),
+        (oc.clip_by_value, jnp.float32),
+        (oc.clip_by_value, jnp.bfloat16),
+    ],
+)
+def test_no_such_array_of_many_small_leaves(make, dtype):
+    """Small leaves of many shapes are not laid together all at once, nor widened."""
+    grads = {f"{i:03}": jnp.ones(4000 + i // 8, dtype) for i in range(120)}
+    tx = make()
+    compiled = jax.jit(tx.update).lower(grads, tx.init(grads)).compile()
+
+    most = 0.4 * sum(x.nbytes for x in grads.values())
+    assert compiled.memory_analysis().temp_size_in_bytes < most
+
+
+def many(scale=1.0, dtype=jnp.float32):
+    """Three pieces and more, of leaves of many shapes, and one too large for any."""
+    shapes = [(3, 1000 + 7 * i) for i in range(30)] + [(), (0,), (5,), (2, 8192)]
+    return {f"{i:02}": trees.normal(*s, seed=i).astype(dtype) * scale for i, s in enumerate(shapes)}
+
+
+def exact(tree):
+    return np.linalg.norm(
+        np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in tree.values()])
+    )
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-25, 1e-36, 1e25, 1e35])
+@pytest.mark.parametrize("axis", [None, 0], ids=["alone", "vmap"])
+def test_norm_in_pieces(scale, axis):
+    """The norm of leaves in several pieces is right at any scale, and so is its derivative."""
+    tree = many(np.float32(scale))
+    measure = oc.measure.global_norm()
+
+    def norm(tree):
+        return in_range(measure, tree, None)
+
+    def both(tree):
+        return norm(tree), jax.grad(norm)(tree)
+
+    if axis is None:
+        found, slope = jax.jit(both)(tree)
+    else:
+        found, slope = jax.jit(jax.vmap(both))(jax.tree.map(lambda x: jnp.stack([x, 2 * x]), tree))
+        assert np.isclose(found[1], 2 * exact(tree), rtol=4 * 2.0**-24)
+        found, slope = found[0], jax.tree.map(lambda x: x[0], slope)
+
+    assert np.isclose(found, exact(tree), rtol=4 * 2.0**-24)
+    # An entry of the derivative is g / ||g||: two roundings more.
+    for name, x in tree.items():
+        expected = np.asarray(x, np.float64) / exact(tree)
+        np.testing.assert_allclose(slope[name], expected, rtol=1e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("place", ["00", "29", "33"])
+def test_what_is_not_finite_in_any_leaf(place, value):
+    """It makes the norm not finite, and harms nothing once it is sanitized, in a piece or not."""
+    tree = many()
+    tree[place] = tree[place].at[0, 3].set(value)
+    tx = oc.clip_by_global_norm()
+    updates, state = jax.jit(tx.update)(tree, tx.init(tree))
+
+    assert not np.isfinite(state.metrics.norm)
+    assert not any(np.any(x) for x in updates.values())
+    kept, state = jax.jit(oc.clip_by_global_norm(nonfinite="sanitize").update)(tree, state)
+    clean = tree | {place: tree[place].at[0, 3].set(0)}
+    assert np.isclose(exact(kept), 1, rtol=1e-6)
+    assert np.isclose(state.metrics.norm, exact(clean), rtol=4 * 2.0**-24)
+
+
+def test_pieces_of_several_dtypes():
+    """Small leaves of different dtypes are in different pieces of one norm."""
+    tree = many() | {f"b{i}": x for i, x in many(dtype=jnp.bfloat16).items()}
+
+    with jax.enable_x64(True):
+        for more in ({}, {"wide": jnp.full(7, 1e30, jnp.float64)}):
+            norm = in_range(oc.measure.global_norm(), tree | more, None)
+            assert norm.dtype == (jnp.float64 if more else jnp.float32)
+            assert np.isclose(norm, exact(tree | more), rtol=4 * 2.0**-24)
+
+
+def test_looking_again_has_few_operations():
+    """Many small leaves add no loop each to the branch of the second look either."""
+    tree = {str(i): jnp.ones((4, 4)) for i in range(320)}
+    norm = lambda tree: in_range(oc.measure.global_norm(), tree, None)
+
+    assert jax.jit(norm).lower(tree).compile().as_text().count(" fusion(") <= 40
+
+
+# Leaves that are alike, enough for three pieces of each kind, and some that lie apart.
+ALIKE = (
+    [(1000,)] * 70 + [(10, 10, 4, 3)] * 60 + [(2, 8192), (7,), (0,), (), ()] + [(40, 25), (3, 9000)]
+)
+
+
+def mixed(dtype=jnp.float32):
+    return {f"{i:03}": trees.normal(*shape, seed=i).astype(dtype) for i, shape in enumerate(ALIKE)}
+
+
+def units(x):
+    """The axes over which unit_norm sums."""
+    return tuple(range(x.ndim)) if x.ndim < 2 else (0, 1, 2) if x.ndim == 4 else (0,)
+
+
+def whole(x):
+    return tuple(range(x.ndim))
+
+
+MEASURES = {
+    "leaves": (oc.measure.leaf_norm(), whole, 2),
+    "leaves, 1": (oc.measure.leaf_norm(1), whole, 1),
+    "leaves, 3": (oc.measure.leaf_norm(3), whole, 3),
+    "leaves, inf": (oc.measure.leaf_norm(np.inf), whole, np.inf),
+    "units": (oc.measure.unit_norm(), units, 2),
+    "units, 1": (oc.measure.unit_norm(ord=1), units, 1),
+}
+
+
+def exactly(tree, axes, p):
+    """The norms in float64, as one vector in the order of the leaves."""
+    found = []
+    for x in tree.values():
+        wide = np.abs(np.asarray(x, np.float64))
+        if p == np.inf:
+            found.append(np.max(wide, axes(x), initial=0))
+        else:
+            found.append(np.sum(wide**p, axes(x)) ** (1 / p))
+    return np.concatenate([np.ravel(x) for x in found])
+
+
+def flat(norms):
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(norms)])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", MEASURES)
+def test_each_leaf_has_its_own_norm(name, dtype):
+    """Norms of leaves and units that are measured together are those of each, in their order."""
+    measure, axes, p = MEASURES[name]
+    tree = mixed(dtype)
+    found = jax.jit(lambda tree: in_range(measure, tree, None))(tree)
+
+    # Of powers, those of float32 err by p units each.
+    rtol = (4 if p in (1, 2, np.inf) else 32) * 2.0**-24
+    np.testing.assert_allclose(flat(found), exactly(tree, axes, p), rtol=rtol)
+    assert jax.tree.structure(found) == jax.tree.structure(measure.norms(tree, None))
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e-25, 1e25, 1e35, np.inf, np.nan])
+@pytest.mark.parametrize("place", ["000", "001", "032", "069", "100", "130"])
+@pytest.mark.parametrize("name", ["leaves", "units"])
+def test_one_leaf_out_of_range_is_the_only_one(name, place, scale):
+    """Where one leaf is very small, very large or bad, its norm is right, and no other differs."""
+    measure, axes, p = MEASURES[name]
+    tree = mixed()
+    norms = jax.jit(lambda tree: in_range(measure, tree, None))
+    before = flat(norms(tree))
+    tree[place] *= np.float32(scale)
+    found, expected = flat(norms(tree)), exactly(tree, axes, p)
+
+    if np.isfinite(scale):
+        np.testing.assert_allclose(found, expected, rtol=4 * 2.0**-24)
+    else:
+        assert np.array_equal(np.isfinite(found), np.isfinite(expected))
+        assert not np.all(np.isfinite(found))
+    names = [np.full(exactly({k: x}, axes, p).size, k) for k, x in tree.items()]
+    others = np.concatenate(names) != place
+    np.testing.assert_array_equal(found[others], before[others])
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+def test_derivative_of_norms_that_are_taken_together(scale):
+    """It is g / ||g|| for every leaf, at any scale."""
+    tree = jax.tree.map(lambda x: x * np.float32(scale), mixed())
+    measure = oc.measure.leaf_norm()
+    slope = jax.jit(jax.grad(lambda tree: jnp.sum(in_range(measure, tree, None))))(tree)
+    for name, x in tree.items():
+        if x.size:
+            wide = np.asarray(x, np.float64)
+            expected = wide / np.linalg.norm(wide.reshape(-1))
+            np.testing.assert_allclose(slope[name], expected, rtol=1e-6, atol=1e-30)
+
+
+def loops(make, count):
+    """How many loops there are to compile, two that differ in their names alone being one."""
+    tree = {f"{i:03}": jnp.ones((16, 8)) for i in range(count)}
+    tx = make()
+    text = jax.jit(tx.update).lower(tree, tx.init(tree), tree).compile().as_text()
+    bodies = re.findall(r"^%\S*fused_computation\S* \(.*?^}", text, re.MULTILINE | re.DOTALL)
+    alike = set()
+    for body in bodies:
+        names: dict[str, str] = {}
+        place = lambda match, names=names: names.setdefault(match[0], f"%{len(names)}")
+        bare = re.sub(r"metadata=\{[^}]*\}", "", body.split("\n", 1)[1])
+        alike.add(re.sub(r"%[\w.\-]+", place, bare))
+    return len(alike)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [oc.clip_by_norm, oc.clip_by_block_rms, oc.adaptive_grad_clip, oc.clip_by_value, oc.adagc],
+)
+def test_leaves_that_are_alike_add_no_loops(make):
+    """What is compiled for 24 leaves of one shape is compiled for 120, but for longer vectors."""
+    assert loops(make, 120) <= loops(make, 24) + 5
+
+
+def test_parameters_are_not_widened_for_the_step_and_their_norm():
+    """A clip relative to the parameters has no wide copy of them, in a step that adds updates."""
+    params = {str(i): jnp.ones((256, 256), jnp.bfloat16) for i in range(6)}
+    tx = oc.adaptive_grad_clip(per_tensor=True)
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, tx.init(params), params)
+    most = 0.4 * sum(x.nbytes for x in params.values())
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < most
+
+
+def test_runs_are_of_leaves_that_are_alike():
+    """No more than a piece has room for, and each leaf once."""
+    tree = mixed()
+    parts = [pieces.Bundle([x], ()) for x in tree.values()]
+    found = pieces.runs(parts, [units(x) for x in tree.values()])
+
+    assert sorted(i for run in found for i in run) == [*range(len(parts))]
+    for run in found:
+        sizes = {parts[i].leaves[0].size for i in run}
+        assert len(sizes) == 1
+        assert len(run) == 1 or len(run) * sizes.pop() <= pieces.PIECE
+    assert max(map(len, found)) > 10
