@@ -43,7 +43,7 @@ suite:
 	  --pyargs optaxclip tests/ $(ARGS)
 	XLA_FLAGS=$(ONE_DEVICE) OPTAXCLIP_TESTED=wheel $(BIN)/pytest -q -n auto --dist worksteal \
 	  tests/test_bundles.py tests/test_pieces.py tests/test_clip.py tests/test_measure.py \
-	  tests/test_record.py
+	  tests/test_record.py tests/test_cotangent.py tests/test_observe.py
 	XLA_FLAGS=$(ONE_DEVICE) OPTAXCLIP_PRETEND_GPU=1 OPTAXCLIP_TESTED=wheel $(BIN)/pytest -q -n auto \
 	  --dist worksteal tests/test_clip.py tests/test_measure.py tests/test_record.py
 

@@ -116,7 +116,8 @@ def clip(
     def step(grads: Tree, state: ClipState, params: Tree) -> tuple[Tree, ClipState]:
         measured, finite, unpacked = _measured(measure, grads, params, nonfinite)
         uniform = is_uniform(threshold)
-        if not uniform or jax.tree.leaves(state.memory):  # which is kept as the measure has norms
+        # A memory is kept as the measure has norms; what else sees them may expect them so.
+        if not (uniform and _is_entrywise(scale)) or jax.tree.leaves(state.memory):
             measured, finite, unpacked = unpacked(measured), unpacked(finite), lambda norms: norms
         norms, treedef = jax.tree.flatten(measured)
         memories = _apart(state.memory, treedef, norms, threshold)
@@ -152,6 +153,11 @@ def clip(
         return whole(updates), state
 
     return optax.GradientTransformation(init, update)
+
+
+def _is_entrywise(scale: Scale) -> bool:
+    """Whether it is known to look at each norm by itself, as those of this package."""
+    return (getattr(scale, "__module__", None) or "").startswith("optaxclip.scale.")
 
 
 def _blank(threshold: Threshold, norm: jax.ShapeDtypeStruct) -> Tree:

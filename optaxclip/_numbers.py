@@ -119,24 +119,7 @@ def of_one_dtype(arrays: Sequence[jax.Array]) -> list[jax.Array]:
 
 def end_to_end(arrays: Sequence[jax.Array]) -> jax.Array:
     """All entries of arrays of one dtype, as one vector."""
-    return _end_to_end_bits(arrays) if _is_narrow(arrays[0].dtype) else _end_to_end(arrays)
-
-
-def _end_to_end(arrays: Sequence[jax.Array]) -> jax.Array:
     return jnp.concatenate([jnp.ravel(x) for x in arrays])
-
-
-@jax.custom_jvp
-def _end_to_end_bits(arrays: Sequence[jax.Array]) -> jax.Array:
-    # XLA:CPU would widen each array, and lay these beside each other.
-    return to_float(_end_to_end([*map(from_float, arrays)]), arrays[0].dtype)
-
-
-@_end_to_end_bits.defjvp
-def _end_to_end_bits_jvp(
-    primals: tuple[Sequence[jax.Array]], tangents: tuple[Sequence[jax.Array]]
-) -> tuple[jax.Array, jax.Array]:
-    return _end_to_end_bits(*primals), _end_to_end(*tangents)
 
 
 def apart(vector: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:

@@ -440,7 +440,7 @@ def edges(dtype):
 
 
 @pytest.mark.parametrize("nonfinite", ["zero", "propagate", "sanitize"])
-@pytest.mark.parametrize("limit", [0.0, 1e-40, 0.3, 1.0, 1.001, 1e5, 3e38, np.inf])
+@pytest.mark.parametrize("limit", [-0.0, 0.0, 1e-40, 0.3, 1.0, 1.001, 1e5, 3e38, np.inf])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "float8_e5m2"])
 def test_entries_at_the_edges_of_a_dtype(dtype, limit, nonfinite):
     """An entry within the limit keeps its bits, subnormal ones too; others become the limit."""

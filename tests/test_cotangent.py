@@ -27,6 +27,8 @@ from optaxclip.cotangent import (
     drop_largest_cotangents,
 )
 
+EIGHT = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
+
 P = PartitionSpec
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "axlearn_topk_token_grad.json"
 TOKENS = measures.unit_norm(axis=-1)
@@ -646,6 +648,7 @@ MODES = {
 }
 
 
+@EIGHT
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     ("kind", "spec"),
@@ -676,6 +679,7 @@ def test_sharded_is_unsharded(mode, kind, spec):
         assert some[0].sharding.is_equivalent_to(NamedSharding(mesh, spec), 3)
 
 
+@EIGHT
 def test_inside_shard_map_the_norm_is_of_the_whole():
     """It is summed over exactly the axes that a leaf varies on; a probe counts one call."""
     grads = {"split": trees.normal(8, 6), "both": trees.normal(8, 4), "same": trees.normal(5)}
@@ -693,6 +697,7 @@ def test_inside_shard_map_the_norm_is_of_the_whole():
     trees.assert_close(found, probed(function, grads), FLOAT32)
 
 
+@EIGHT
 def test_around_shard_map_it_is_the_same():
     """So it is where the gradient is taken outside of it, of a loss that is summed inside."""
     grads = trees.normal(8, 6)
@@ -710,6 +715,7 @@ def test_around_shard_map_it_is_the_same():
     trees.assert_close(found, expected, FLOAT32)
 
 
+@EIGHT
 def test_tokens_inside_shard_map():
     """Tokens are whole on a device if `axis_name` says so; of the largest, each drops its own."""
     grads = trees.normal(8, 3, 6)
@@ -732,6 +738,7 @@ def test_tokens_inside_shard_map():
         mapped(lambda g: dropped(g, 2))
 
 
+@EIGHT
 def test_examples_inside_shard_map():
     """With `axis_name=()`, those that each device maps have norms of their own.
 
@@ -757,6 +764,7 @@ def test_examples_inside_shard_map():
     np.testing.assert_allclose(seen.norm, sizes.max(0).sum(), rtol=FLOAT32)
 
 
+@EIGHT
 def test_a_probe_where_nothing_is_tracked():
     """With check_vma=False, it is of the device's own clip, and added up from outside."""
     grads = trees.normal(8, 6)
@@ -782,6 +790,7 @@ def test_a_probe_where_nothing_is_tracked():
     assert seen.calls == 4
 
 
+@EIGHT
 def test_a_probe_per_device():
     """A probe that is split over devices has the metrics of the whole on each."""
     grads = trees.normal(8, 6)

@@ -258,3 +258,49 @@ def test_runs_are_of_leaves_that_are_alike():
         assert len(sizes) == 1
         assert len(run) == 1 or len(run) * sizes.pop() <= pieces.PIECE
     assert max(map(len, found)) > 10
+
+
+def test_parameters_of_another_dtype_are_those_of_the_same_leaf():
+    """A norm relative to the parameters is right where their dtypes are not those of gradients."""
+    grads = {name: trees.normal(4, 3, seed=i) for i, name in enumerate("abc")}
+    params = {
+        "a": jnp.full((4, 3), 1, jnp.bfloat16),
+        "b": jnp.full((4, 3), 10, jnp.float32),
+        "c": jnp.full((4, 3), 100, jnp.bfloat16),
+    }
+    tx = oc.adaptive_grad_clip(0.02)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+
+    for name, x in grads.items():
+        size = np.linalg.norm(np.asarray(x, np.float64), axis=0)
+        most = 0.02 * np.linalg.norm(np.asarray(params[name], np.float64), axis=0)
+        found = np.linalg.norm(np.asarray(updates[name], np.float64), axis=0)
+        np.testing.assert_allclose(found, np.minimum(size, most), rtol=1e-5)
+
+
+def test_norms_in_place_of_those_of_a_measure_are_taken():
+    """What stands in a measure for its norms has no packing that was made for them."""
+    leaves = oc.measure.leaf_norm()
+    other = leaves._replace(norms=lambda grads, params: 100 * leaves.norms(grads, params))
+    grads = {"a": jnp.ones(4), "b": jnp.ones(4)}
+    tx = oc.clip(other, oc.threshold.constant(1.0))
+    _, state = tx.update(grads, tx.init(grads))
+
+    assert state.metrics.norm == 200
+
+
+@pytest.mark.parametrize("measure", [oc.measure.leaf_norm(), oc.measure.unit_norm()])
+def test_a_scale_of_ones_own_sees_norms_as_the_measure_has_them(measure):
+    """Leaf by leaf, or in the order of the leaves."""
+    seen = []
+
+    def scale(norm, limit):
+        seen.append(norm.shape)
+        return jnp.minimum(1, limit / norm)
+
+    shapes = {"a": (3,), "b": (2,), "c": (3,), "d": (2, 2)}
+    grads = {name: trees.normal(*shape) for name, shape in shapes.items()}
+    tx = oc.clip(measure, oc.threshold.constant(1.0), scale)
+    jax.jit(tx.update)(grads, tx.init(grads))
+
+    assert seen == [norm.shape for norm in jax.tree.leaves(measure.norms(grads, None))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from optaxclip import _check
 
 Tree = Any
 Axes = tuple[int, ...]
+Norms = Callable[[Tree, Tree], Tree]
 Fun = Callable[..., jax.Array]
 AxisRule = int | Axes | Callable[[str, jax.Array], int | Axes | None] | None
 
@@ -22,21 +24,35 @@ class Packing(NamedTuple):
     """
 
     # grads, params, fun, *own -> norms of fun(leaf, *its own), where fun is entry by entry and 0 of
-    # 0, and what is its own stands in arrays like the norms.
+    # 0, and what is its own stands in arrays like the norms. Where a measure does not sum, fun does
+    # nothing.
     norms: Callable[..., jax.Array]
     unpacked: Callable[[jax.Array, Tree], Tree]  # norms, grads -> norms as the measure has them
+    suits: Callable[[Tree, Tree], bool] = lambda grads, params: True
+
+
+_PACKINGS: weakref.WeakKeyDictionary[Norms, Packing] = weakref.WeakKeyDictionary()
+
+
+def packed_by(norms: Norms, packing: Packing) -> None:
+    """Lets the norms of a measure be packed so; others in their place, by `_replace`, are not."""
+    _PACKINGS[norms] = packing
+
+
+def packing_of(measure: Measure) -> Packing | None:
+    """How a measure is packed."""
+    return _PACKINGS.get(measure.norms)
 
 
 class Measure(NamedTuple):
     """How gradients are grouped, and how large each group is."""
 
-    norms: Callable[[Tree, Tree], Tree]  # grads, params -> norms, a small pytree of float32
+    norms: Norms  # grads, params -> norms, a small pytree of float32
     spread: Callable[[Tree, Tree], Tree]  # factors, grads -> factors, a prefix tree of grads
     sums: bool = True  # the engine keeps the sums in it in range; False: no need
     apart: bool = False  # each norm is of its own entries alone, and has an array of their leaf
     entries: bool = False  # a norm is the size of one entry, so that a limit can take its place
     wide: bool = False  # its sums may be of float64, where the program itself has none
-    packing: Packing | None = None  # where it is on one CPU device
 
 
 def places(tree: Tree) -> list[tuple[str, jax.Array]]:
@@ -57,6 +73,11 @@ def resolve(rule: AxisRule, path: str, leaf: jax.Array) -> Axes | None:
         message = f"axis {chosen} is out of range for, or twice in, leaf {path!r} of {leaf.shape}"
         raise ValueError(message)
     return counted
+
+
+def like_leaves(factors: list[jax.Array], grads: Tree) -> Tree:
+    """How factors that are a list with one array per leaf are spread."""
+    return jax.tree.structure(grads).unflatten(factors)
 
 
 def split(tree: Tree, keys: Sequence[str]) -> dict[str, Tree]:

@@ -17,7 +17,7 @@ from optaxclip import _device
 from optaxclip._numbers import real_dtype, widen
 
 from . import pieces, shards
-from .base import Fun, Measure, Packing, Tree
+from .base import Fun, Measure, Packing, Tree, packing_of
 
 # A norm from here on has lost nothing that float32 could hold to squares that were flushed: those
 # are below 2^-126 each, and a billion of them below 2^-36 of its own square.
@@ -41,8 +41,9 @@ def packed_in_range(
     measure: Measure, grads: Tree, params: Tree
 ) -> tuple[Tree, Callable[[Tree], Tree]]:
     """The same, packed if the measure has a packing and it is in place; and what unpacks them."""
-    packing = measure.packing if pieces.are_here((grads, params)) else None
-    if packing is None:
+    packing = packing_of(measure)
+    here = pieces.are_here((grads, params))
+    if packing is None or not here or not packing.suits(grads, params):
         return _unpacked_in_range(measure, grads, params), lambda norms: norms
     unpacked = lambda norms: packing.unpacked(norms, grads)
     if not measure.sums:

@@ -10,7 +10,19 @@ import jax.numpy as jnp
 from optaxclip import _check
 from optaxclip._numbers import as_like, quotient, widen
 
-from .base import Axes, AxisRule, Fun, Measure, Tree, merge, places, resolve, split
+from .base import (
+    Axes,
+    AxisRule,
+    Fun,
+    Measure,
+    Tree,
+    merge,
+    packed_by,
+    packing_of,
+    places,
+    resolve,
+    split,
+)
 from .looks import in_range, packed_in_range
 from .shards import STACK, behind_a_barrier
 
@@ -92,8 +104,8 @@ def relative(measure: Measure, eps: float | jax.Array) -> Measure:
     _check.instance(Measure, "measure.unit_norm()", measure=measure)
     _check.positive(eps=eps)
 
+    # Each is brought into range by itself: their ratio says nothing of how large they are.
     def norms(grads: Tree, params: Tree) -> Tree:
-        # Each is brought into range by itself: their ratio says nothing of how large they are.
         weights = in_range(measure, _weights(grads, params), None)
         return jax.tree.map(ratio, in_range(measure, grads, None), weights)
 
@@ -103,12 +115,19 @@ def relative(measure: Measure, eps: float | jax.Array) -> Measure:
         return quotient(norm, jnp.where(jnp.isfinite(weight), weight, jnp.nan))
 
     def packed(grads: Tree, params: Tree, fun: Fun) -> jax.Array:
-        del fun  # which has nothing to do where no sums are kept in range
+        del fun
         weights, _ = packed_in_range(measure, _weights(grads, params), None)
         return ratio(packed_in_range(measure, grads, None)[0], weights)
 
-    packing = measure.packing and measure.packing._replace(norms=packed)
-    return Measure(norms, measure.spread, sums=False, packing=packing)
+    def suits(grads: Tree, params: Tree) -> bool:
+        # Else they might be packed in different orders.
+        dtypes = lambda tree: [x.dtype for x in jax.tree.leaves(tree)]
+        return dtypes(grads) == dtypes(_weights(grads, params))
+
+    packing = packing_of(measure)
+    if packing:
+        packed_by(norms, packing._replace(norms=packed, suits=suits))
+    return Measure(norms, measure.spread, sums=False)
 
 
 def relative_entries(

@@ -14,7 +14,7 @@ from optaxclip._numbers import unstacked, widen
 
 from . import bundles, pieces, rows
 from .arithmetic import EUCLIDEAN, WIDE, power_sum, root
-from .base import Axes, Fun, Measure, Packing, Tree, places
+from .base import Axes, Fun, Measure, Packing, Tree, like_leaves, packed_by, places
 from .bundles import Bundle
 from .shards import AxisName, count, split_over
 
@@ -60,8 +60,9 @@ def global_norm(ord: float = EUCLIDEAN, *, axis_name: AxisName = None) -> Measur
         return root(pieces.total(parts, lambda leaf: fun(leaf, *own)), EUCLIDEAN)
 
     spread = lambda factors, grads: factors
-    packing = Packing(packed, lambda norms, grads: norms) if ord == EUCLIDEAN else None
-    return Measure(norms, spread, sums=ord != math.inf, wide=ord in WIDE, packing=packing)
+    if ord == EUCLIDEAN:
+        packed_by(norms, Packing(packed, lambda norms, grads: norms))
+    return Measure(norms, spread, sums=ord != math.inf, wide=ord in WIDE)
 
 
 def leaf_norm(ord: float = EUCLIDEAN, *, axis_name: AxisName = None) -> Measure:
@@ -92,13 +93,8 @@ def leaf_norm(ord: float = EUCLIDEAN, *, axis_name: AxisName = None) -> Measure:
         del params
         return root(rows.sums_of_leaves(bundles.single(grads, axis_name), ord), ord)
 
-    return Measure(
-        norms,
-        _one_per_leaf,
-        sums=ord != math.inf,
-        wide=ord in WIDE,
-        packing=_of_leaves(ord, axis_name),
-    )
+    packed_by(norms, _of_leaves(ord, axis_name))
+    return Measure(norms, _one_per_leaf, sums=ord != math.inf, wide=ord in WIDE)
 
 
 def leaf_rms(*, axis_name: AxisName = None) -> Measure:
@@ -163,7 +159,7 @@ def element() -> Measure:
         del params
         return [jnp.abs(widen(g)) for g in jax.tree.leaves(grads)]
 
-    return Measure(norms, _like_leaves, sums=False, entries=True)
+    return Measure(norms, like_leaves, sums=False, entries=True)
 
 
 def _per_entry(power: float, axis_name: AxisName) -> Measure:
@@ -180,8 +176,8 @@ def _per_entry(power: float, axis_name: AxisName) -> Measure:
         sizes = leafwise.norms(grads, params)
         return sizes / jnp.asarray(counts(grads), sizes.dtype)
 
-    packing = _of_leaves(EUCLIDEAN, axis_name, counts)
-    return Measure(norms, leafwise.spread, wide=True, packing=packing)
+    packed_by(norms, _of_leaves(EUCLIDEAN, axis_name, counts))
+    return Measure(norms, leafwise.spread, wide=True)
 
 
 def _of_leaves(
@@ -214,7 +210,3 @@ def _of_leaves(
 
 def _one_per_leaf(factors: jax.Array, grads: Tree) -> Tree:
     return jax.tree.structure(grads).unflatten(unstacked(factors))
-
-
-def _like_leaves(factors: list[jax.Array], grads: Tree) -> Tree:
-    return jax.tree.structure(grads).unflatten(factors)

@@ -145,13 +145,13 @@ def each(
     """What `fun` makes of every piece of small leaves, and of every other leaf.
 
     Args:
-      leaves: all on one device, a CPU.
+      leaves: any; on one device, a CPU, small ones are in pieces.
       fun: of an array of any shape; its last result is a number >= 0, or NaN. It may get zeros
         beyond what is in the leaves.
     """
     small, found = dict[Any, list[jax.Array]](), list[Sequence[jax.Array]]()
     for leaf in leaves:
-        if _is_small(leaf):
+        if are_here(leaf) and _is_small(leaf):
             small.setdefault(leaf.dtype, []).append(leaf)
         else:
             found.append(fun(leaf))

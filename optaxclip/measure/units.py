@@ -1,4 +1,4 @@
-"""The measure of units: which axes of a leaf are summed over, and one norm for each of the rest."""
+"""The measure of units: which axes of a leaf are summed over; one norm for each of the rest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,18 @@ from optaxclip._numbers import apart
 
 from . import pieces, rows
 from .arithmetic import EUCLIDEAN, WIDE, p_norm, root
-from .base import Axes, AxisRule, Fun, Measure, Packing, Tree, places, resolve
+from .base import (
+    Axes,
+    AxisRule,
+    Fun,
+    Measure,
+    Packing,
+    Tree,
+    like_leaves,
+    packed_by,
+    places,
+    resolve,
+)
 from .bundles import Bundle
 from .shards import AxisName, split_over
 
@@ -103,18 +114,8 @@ def unit_norm(
         found = dict(zip(order, each, strict=True))
         return [found[i].reshape(shape) for i, shape in enumerate(shapes)]
 
-    return Measure(
-        norms,
-        _like_leaves,
-        sums=ord != math.inf,
-        apart=True,
-        wide=ord in WIDE,
-        packing=Packing(packed, unpacked),
-    )
-
-
-def _like_leaves(factors: list[jax.Array], grads: Tree) -> Tree:
-    return jax.tree.structure(grads).unflatten(factors)
+    packed_by(norms, Packing(packed, unpacked))
+    return Measure(norms, like_leaves, sums=ord != math.inf, apart=True, wide=ord in WIDE)
 
 
 def _unit_axes(rule: AxisRule, path: str, leaf: jax.Array) -> Axes:
