@@ -125,9 +125,8 @@ def end_to_end(arrays: Sequence[jax.Array]) -> jax.Array:
 def apart(vector: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
     """A vector in parts of these sizes, each by itself.
 
-    On a CPU from places that XLA does not know: loops over leaves that are alike but for where
-    they find their own numbers are compiled each, and so are equal. A clip of 1200 leaves by their
-    norms compiles in 7 s, and in 25 with slices.
+    On a CPU from places that XLA does not know, as it compiles each loop that it can tell from the
+    others: a clip of 1200 leaves by their norms in 22 s with slices, in 7 s so.
     """
     ends = np.cumsum([0, *sizes]).tolist()
     if not _device.on_cpu():

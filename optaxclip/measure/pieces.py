@@ -1,8 +1,10 @@
-"""small leaves -> pieces -> sum: how one CPU adds up many leaves with few loops to compile.
+"""small leaves -> pieces -> numbers: how one CPU reads many leaves with few loops to compile.
 
 Small leaves are laid end to end, some 32,000 entries at a time, into memory that stays in the cache
-and is used again for the next piece. Of 1200 leaves with 1 M entries, the norm then takes a third
-less time to compile than with :mod:`.bundles`, and as long to run.
+and is used again for the next piece: any, for one number that is of all leaves; for a norm of each
+leaf or unit those that are alike, beside each other. Of 1200 leaves with 1 M entries, the norm of
+the tree compiles in half the time that it takes with :mod:`.bundles`; adaptive_grad_clip in 8 s in
+place of 95, and a step of SGD with it takes 1.1 times the bare one in place of 2.6.
 
 A `jax.vmap` around it makes every leaf larger, which is not known here: norms of 32 trees of 100
 leaves of 2000 take 14 ms in place of 7, and memory for half of these. Layers of
