@@ -170,13 +170,13 @@ def _per_entry(power: float, axis_name: AxisName) -> Measure:
         return max(g.size, 1) * count(split_over(axis_name, path, g))
 
     def counts(grads: Tree) -> np.ndarray:
-        return np.array([entries(path, g) ** power for path, g in places(grads)])
+        return np.array([entries(path, g) for path, g in places(grads)])
 
     def norms(grads: Tree, params: Tree) -> jax.Array:
         sizes = leafwise.norms(grads, params)
-        return sizes / jnp.asarray(counts(grads), sizes.dtype)
+        return sizes / jnp.asarray(counts(grads) ** power, sizes.dtype)
 
-    packed_by(norms, _of_leaves(EUCLIDEAN, axis_name, counts))
+    packed_by(norms, _of_leaves(EUCLIDEAN, axis_name, lambda grads: counts(grads) ** power))
     return Measure(norms, leafwise.spread, wide=True)
 
 
@@ -195,11 +195,9 @@ def _of_leaves(
     def norms(grads: Tree, params: Tree, fun: Fun, *own: jax.Array) -> jax.Array:
         del params
         sizes = root(pieces.power_sums(*parts(grads), ord, fun, own), ord)
-        return (
-            sizes
-            if counts is None
-            else sizes / jnp.asarray(counts(grads)[order(grads)], sizes.dtype)
-        )
+        if counts is None:
+            return sizes
+        return sizes / jnp.asarray(counts(grads)[order(grads)], sizes.dtype)
 
     def unpacked(norms: jax.Array, grads: Tree) -> jax.Array:
         places = np.argsort(order(grads))
