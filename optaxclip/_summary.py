@@ -12,7 +12,7 @@ import optax
 
 from . import _device
 from ._entries import Entries, bounded_norms, read_once
-from ._numbers import end_to_end, is_known, maxima_and_counts, widen
+from ._numbers import end_to_end, maxima_and_counts, widen
 from .measure import shards
 from .record import Metrics
 
@@ -102,8 +102,7 @@ def _packed(groups: Sequence[Groups | Entries]) -> list[Groups | list[Entries]]:
 
 def _is_one(norm: jax.Array) -> bool:
     """Whether it is float32, on one device, and counts of it are in range of int32."""
-    here = shards.layout(norm) == () and norm.dtype == jnp.float32
-    return here and is_known(norm.size) and norm.size < 2**31
+    return shards.is_in_one_place(norm) and norm.dtype == jnp.float32 and norm.size < 2**31
 
 
 def _together(small: list[Groups]) -> list[Groups]:

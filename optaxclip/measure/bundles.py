@@ -18,7 +18,7 @@ from optaxclip._numbers import is_known, of_one_dtype
 
 from .arithmetic import EUCLIDEAN, joined, power_sum, square_sum
 from .base import Tree, places
-from .shards import AxisName, Names, layout, split_over
+from .shards import AxisName, Names, is_in_one_place, layout, split_over
 
 MOST = 16  # leaves in a bundle; of 8 to 32, the fastest
 # Entries of a leaf: 480 leaves of 4096 take 0.79 ms in bundles and 0.93 alone, 240 of 16384 take
@@ -54,7 +54,7 @@ def together(ones: list[Bundle]) -> list[Bundle]:
 def may_lie_beside(part: Bundle) -> bool:
     """Whether a leaf may be laid beside others: all are on one device, and it has entries."""
     leaf = part.leaves[0]
-    return not part.over and layout(leaf) == () and is_known(leaf.size) and leaf.size > 0
+    return not part.over and is_in_one_place(leaf) and leaf.size > 0
 
 
 def sums(parts: list[Bundle], ord: float) -> jax.Array:

@@ -190,7 +190,7 @@ def _of_leaves(
         return found, [tuple(range(part.leaves[0].ndim)) for part in found]
 
     def order(grads: Tree) -> np.ndarray:
-        return np.array([i for run in pieces.runs(*parts(grads)) for i in run], int)
+        return np.array(pieces.order(*parts(grads)), int)
 
     def norms(grads: Tree, params: Tree, fun: Fun, *own: jax.Array) -> jax.Array:
         del params

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from optaxclip._numbers import is_known
+
 Names = tuple[str, ...]
 AxisName = str | Names | Callable[[str, jax.Array], str | Names | None] | None
 
@@ -102,6 +104,11 @@ def layout(x: jax.Array) -> Hashable | None:
     if kind.mesh.size > 1 and AxisType.Auto in kind.mesh.axis_types:
         return None
     return kind.mesh, kind.spec, varying(x)
+
+
+def is_in_one_place(x: jax.Array) -> bool:
+    """Whether an array is known to be whole, on one device and of a known size."""
+    return layout(x) == () and is_known(x.size)
 
 
 def varying(x: Any) -> Names:

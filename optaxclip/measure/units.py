@@ -105,11 +105,9 @@ def unit_norm(
         return root(pieces.power_sums(*parts(grads), ord, fun, own), ord)
 
     def unpacked(norms: jax.Array, grads: Tree) -> list[jax.Array]:
-        order = [i for run in pieces.runs(*parts(grads)) for i in run]
-        shapes = [
-            pieces.kept(g, over)
-            for g, over in zip(jax.tree.leaves(grads), parts(grads)[1], strict=True)
-        ]
+        ones, axes = parts(grads)
+        order = pieces.order(ones, axes)
+        shapes = [pieces.kept(one.leaves[0], over) for one, over in zip(ones, axes, strict=True)]
         each = apart(norms, [math.prod(shapes[i]) for i in order])
         found = dict(zip(order, each, strict=True))
         return [found[i].reshape(shape) for i, shape in enumerate(shapes)]
