@@ -260,6 +260,75 @@ def test_runs_are_of_leaves_that_are_alike():
     assert max(map(len, found)) > 10
 
 
+WHOLE = {"tree": oc.measure.global_norm(), "leaves": oc.measure.leaf_norm()}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
+@pytest.mark.parametrize("name", WHOLE)
+def test_one_look_is_enough_for_sums_in_float64(name, dtype):
+    """There is no branch to wait for, and no wide copy of a leaf."""
+    grads = {str(i): jnp.ones((300, 500 + i), dtype) for i in range(4)}
+    tx = oc.clip(WHOLE[name], oc.threshold.constant(1.0))
+    compiled = jax.jit(tx.update).lower(grads, tx.init(grads)).compile()
+
+    assert "f64" in compiled.as_text()
+    assert "conditional(" not in compiled.as_text()
+    least = min(x.nbytes for x in grads.values())
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * least
+
+
+# Large ones in rows, of which the number of entries is divisible by 64, by 2 and by nothing.
+LARGE = [(512, 512), (7, 5, 3754), (131_101,), (3, 0, 5), ()]
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("vmapped", [False, True])
+def test_large_leaves_in_rows(scale, p, vmapped):
+    """Norms of leaves that are added up in float64 are right at any scale; so is the derivative."""
+    tree = {str(i): trees.normal(*shape, seed=i) for i, shape in enumerate(LARGE)}
+    tree = jax.tree.map(lambda x: x * np.float32(scale), tree)
+
+    def both(tree):
+        norms = lambda tree: in_range(oc.measure.leaf_norm(p), tree, None)
+        return norms(tree), jax.grad(lambda tree: jnp.sum(norms(tree)))(tree)
+
+    if vmapped:
+        twice = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), tree)
+        found, slope = jax.tree.map(lambda x: x[0], jax.jit(jax.vmap(both))(twice))
+    else:
+        found, slope = jax.jit(both)(tree)
+
+    np.testing.assert_allclose(found, exactly(tree, whole, p), rtol=2 * 2.0**-24)
+    for name, x in tree.items():
+        wide = np.asarray(x, np.float64)
+        size = np.linalg.norm(wide.reshape(-1))
+        expected = np.sign(wide) if p == 1 else wide / size
+        np.testing.assert_allclose(slope[name], expected, rtol=1e-6, atol=1e-7)
+
+
+def test_a_norm_of_float64_leaves_has_a_derivative():
+    """Where a program has float64 enabled, its sums are of rows, too."""
+    with jax.enable_x64(True):
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(512, 512)))
+        norm = lambda x: in_range(oc.measure.leaf_norm(), x, None)[0]
+        size = np.linalg.norm(x.reshape(-1))
+        np.testing.assert_allclose(norm(x), size, rtol=1e-14)
+        np.testing.assert_allclose(jax.grad(norm)(x), x / size, rtol=1e-13)
+
+
+def test_what_is_exported_to_a_tpu_has_no_float64():
+    """Its float64 has the range of float32: what is traced on a CPU for it has two looks."""
+    grads = {"a": jnp.ones((8, 8)), "b": jnp.ones(8)}
+    for make in (oc.clip_by_global_norm, oc.clip_by_norm):
+        tx = make()
+        traced = jax.jit(tx.update).trace(grads, tx.init(grads))
+        for platform, wide in (("tpu", False), ("cpu", True)):
+            text = traced.lower(lowering_platforms=(platform,)).as_text()
+            assert ("f64" in text) == wide
+            assert (f"{2.0**64:.8E}" in text) != wide  # what the second look multiplies by
+
+
 def test_parameters_of_another_dtype_are_those_of_the_same_leaf():
     """A norm relative to the parameters is right where their dtypes are not those of gradients."""
     grads = {name: trees.normal(4, 3, seed=i) for i, name in enumerate("abc")}

@@ -29,6 +29,7 @@ class Packing(NamedTuple):
     norms: Callable[..., jax.Array]
     unpacked: Callable[[jax.Array, Tree], Tree]  # norms, grads -> norms as the measure has them
     suits: Callable[[Tree, Tree], bool] = lambda grads, params: True
+    wide: bool = False  # its sums are of whole leaves, and may be of float64
 
 
 _PACKINGS: weakref.WeakKeyDictionary[Norms, Packing] = weakref.WeakKeyDictionary()

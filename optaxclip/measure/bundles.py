@@ -59,8 +59,13 @@ def may_lie_beside(part: Bundle) -> bool:
 
 def sums(parts: list[Bundle], ord: float) -> jax.Array:
     """The power sum of every bundle, as one vector."""
+
+    @jax.jit  # traced once for all leaves of one shape
+    def squares(leaves: list[jax.Array]) -> jax.Array:
+        return square_sum(leaves)
+
     each = [
-        square_sum(part.leaves) if ord == EUCLIDEAN else power_sum(part.leaves[0], ord)
+        squares(part.leaves) if ord == EUCLIDEAN else power_sum(part.leaves[0], ord)
         for part in parts
     ]
     found = [x.reshape(()) for x in of_one_dtype(each)]

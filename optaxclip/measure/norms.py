@@ -61,7 +61,7 @@ def global_norm(ord: float = EUCLIDEAN, *, axis_name: AxisName = None) -> Measur
 
     spread = lambda factors, grads: factors
     if ord == EUCLIDEAN:
-        packed_by(norms, Packing(packed, lambda norms, grads: norms))
+        packed_by(norms, Packing(packed, lambda norms, grads: norms, wide=True))
     return Measure(norms, spread, sums=ord != math.inf, wide=ord in WIDE)
 
 
@@ -203,7 +203,7 @@ def _of_leaves(
         places = np.argsort(order(grads))
         return norms.at[places].get(unique_indices=True, mode="promise_in_bounds")
 
-    return Packing(norms, unpacked)
+    return Packing(norms, unpacked, wide=ord in WIDE)
 
 
 def _one_per_leaf(factors: jax.Array, grads: Tree) -> Tree:

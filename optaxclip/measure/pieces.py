@@ -13,6 +13,7 @@ leaves of 2000 take 14 ms in place of 7, and memory for half of these. Layers of
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -74,12 +75,16 @@ def power_sums(
     plan = runs(parts, axes)
     sizes = [sum(math.prod(kept(parts[i].leaves[0], axes[i])) for i in run) for run in plan]
     each = zip(*(apart(x, sizes) for x in own), strict=True) if own else [()] * len(plan)
+
+    @functools.partial(jax.jit, static_argnums=1)  # traced once for all leaves of one shape
+    def summed(x: jax.Array, over: Axes, *mine: jax.Array) -> jax.Array:
+        return power_sum(fun(x, *(m.reshape(kept(x, over)) for m in mine)), ord, over)
+
     for run, mine in zip(plan, each, strict=True):
         x, over = parts[run[0]].leaves[0], axes[run[0]]
         if len(run) > 1:
             x, over = _beside([parts[i].leaves[0] for i in run], over, found)
-        sums = power_sum(fun(x, *(m.reshape(kept(x, over)) for m in mine)), ord, over)
-        found.append(joined(sums, ord, parts[run[0]].over).reshape(-1))
+        found.append(joined(summed(x, over, *mine), ord, parts[run[0]].over).reshape(-1))
     # As in bundles.sums.
     return jax.lax.optimization_barrier(end_to_end(of_one_dtype(found)))
 
@@ -136,9 +141,8 @@ def are_here(tree: Any) -> bool:
 
 
 def are_worth(part: Bundle) -> bool:
-    """Whether small leaves may lie beside others: all are on one device, a CPU."""
-    leaf = part.leaves[0]
-    return are_here(leaf) and not part.over and _is_small(leaf)
+    """Whether a leaf that is here may lie beside others."""
+    return not part.over and _is_small(part.leaves[0])
 
 
 def _is_small(leaf: jax.Array) -> bool:
@@ -158,7 +162,7 @@ def each(
     """
     small, found = dict[Any, list[jax.Array]](), list[Sequence[jax.Array]]()
     for leaf in leaves:
-        if are_worth(Bundle([leaf], ())):
+        if _is_small(leaf) and are_here(leaf):
             small.setdefault(leaf.dtype, []).append(leaf)
         else:
             found.append(fun(leaf))
