@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-import os
 import platform
 import re
 from collections.abc import Callable
@@ -15,7 +14,8 @@ from typing import Any
 import _report
 import jax
 import jaxlib
-from _candidates import DROP_INS
+from _candidates import DROP_INS, FIXED
+from _measure import cores
 from _report import NOTHING, median
 
 import optaxclip
@@ -33,13 +33,12 @@ IN_TABLE = [c.name for c in DROP_INS] + [f"optaxclip.{name}" for name in MAIN]
 def device(devices: int) -> Row:
     """What runs here: the device, its kind, and the versions of everything that matters."""
     first = jax.devices()[0]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    kind = f"cpu, {cores} cores" if first.platform == "cpu" else first.device_kind
+    kind = f"cpu, {cores()} cores" if first.platform == "cpu" else first.device_kind
     return {
         "device": kind,
         "platform": first.platform,
         "machine": platform.machine(),
-        "cores": cores,
+        "cores": cores(),
         "devices": devices,
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
@@ -109,7 +108,7 @@ def markdown(results: Row) -> str:
             eager = only(groups, name, "gpt2", lambda row: median(row.get("eager_over_optax")))
             label = f"`{name.removeprefix('optaxclip.')}`"
             lines.append(f"| {' | '.join([label, *cells, compiling, eager])} |")
-    return "\n".join(["", caption(results, groups), "", *lines, ""])
+    return "\n".join(["", caption(results, groups), "", *lines, *at_speed_of_reads(groups), ""])
 
 
 def caption(results: Row, groups: dict[tuple[Any, ...], dict[str, Row]]) -> str:
@@ -127,6 +126,25 @@ def caption(results: Row, groups: dict[tuple[Any, ...], dict[str, Row]]) -> str:
         f"parameters, {', '.join(sorted({row['dtype'] for row in rows}))} "
         f"({', '.join(sizes.values())}); noise ±{noise[0]:.1f} to {noise[-1]:.1f} %:"
     )
+
+
+def at_speed_of_reads(groups: dict[tuple[Any, ...], dict[str, Row]]) -> list[str]:
+    """How far the norm of the tree is from the limit, where reads are slower than copies."""
+    rows = [members[FIXED] for members in groups.values() if FIXED in members]
+    slower = [row for row in rows if row["read_gb_per_s"] < row["copy_gb_per_s"]]
+    if not slower:
+        return []
+    over = ", ".join(_report.number(row["over_limit_by_bandwidth"]) for row in slower)
+    read, copy = (
+        f"{min(speeds):.0f} to {max(speeds):.0f}"
+        for speeds in ([row[f"{kind}_gb_per_s"] for row in slower] for kind in ("read", "copy"))
+    )
+    line = (
+        f"This device reads {read} GB/s (with all cores, by a BLAS), and copies in place {copy}. "
+        f"Over the bare step and one more read at that speed, "
+        f"`{FIXED.removeprefix('optaxclip.')}` takes {over}."
+    )
+    return ["", line]
 
 
 def step_cell(row: Row) -> str:

@@ -52,8 +52,7 @@ def clip(
     norm not finite                         `nonfinite` decides for the group
     norm < 2^-100, >= 2^64, not finite;     the memory of the group is bit for bit as if the step
     limit negative or NaN                   had not been, clocks apart
-    norm from 1.2e-38 to 3.4e38             measured right in any dtype, in float32 sums (float64
-                                            sums for float64 leaves, to 1e170)
+    norm from 1.2e-38 to 3.4e38             measured right in any dtype (of float64 leaves to 1e170)
     None, empty, zero-size, scalar,         accepted; integer, bool and float0 leaves pass through
     complex leaves                          untouched and uncounted
     structure, shape, dtype, sharding       preserved, whatever the type of the threshold

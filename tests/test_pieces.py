@@ -1,5 +1,6 @@
 """One CPU lays small leaves together: fewer loops, no more memory, and numbers as right."""
 
+import functools
 import re
 
 import jax
@@ -173,16 +174,22 @@ def test_each_leaf_has_its_own_norm(name, dtype):
     assert jax.tree.structure(found) == jax.tree.structure(measure.norms(tree, None))
 
 
+@functools.cache  # compiled once for all tests
+def in_range_of(name):
+    return jax.jit(lambda tree: in_range(MEASURES[name][0], tree, None))
+
+
 @pytest.mark.parametrize("scale", [1e-36, 1e-25, 1e25, 1e35, np.inf, np.nan])
 @pytest.mark.parametrize("place", ["000", "001", "032", "069", "100", "130"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["leaves", "units"])
-def test_one_leaf_out_of_range_is_the_only_one(name, place, scale):
+def test_one_leaf_out_of_range_is_the_only_one(name, dtype, place, scale):
     """Where one leaf is very small, very large or bad, its norm is right, and no other differs."""
-    measure, axes, p = MEASURES[name]
-    tree = mixed()
-    norms = jax.jit(lambda tree: in_range(measure, tree, None))
+    _, axes, p = MEASURES[name]
+    tree = mixed(dtype)
+    norms = in_range_of(name)
     before = flat(norms(tree))
-    tree[place] *= np.float32(scale)
+    tree[place] *= jnp.asarray(scale, dtype)
     found, expected = flat(norms(tree)), exactly(tree, axes, p)
 
     if np.isfinite(scale):
@@ -260,6 +267,9 @@ def test_runs_are_of_leaves_that_are_alike():
     assert max(map(len, found)) > 10
 
 
+# What XLA:CPU has a loop of its own for, see _sums_of_rows.
+OWN_SUM = r"\(f64\[\d+\]\S*, s32\[\d+\]\S*\) reduce\("
+
 WHOLE = {"tree": oc.measure.global_norm(), "leaves": oc.measure.leaf_norm()}
 
 
@@ -271,10 +281,36 @@ def test_one_look_is_enough_for_sums_in_float64(name, dtype):
     tx = oc.clip(WHOLE[name], oc.threshold.constant(1.0))
     compiled = jax.jit(tx.update).lower(grads, tx.init(grads)).compile()
 
-    assert "f64" in compiled.as_text()
+    assert re.search(OWN_SUM, compiled.as_text())
     assert "conditional(" not in compiled.as_text()
     least = min(x.nbytes for x in grads.values())
     assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * least
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 1e30])
+def test_what_is_known_is_not_added_up_while_compiling(value):
+    """Which took XLA 3 s for the gradient of a parameter of 1000 x 1000 that is not used."""
+
+    def norm(x):
+        known = jnp.full((300, 300), value, jnp.float32)
+        return in_range(oc.measure.global_norm(), [x, known], None)
+
+    compiled = jax.jit(norm).lower(jnp.ones(3)).compile()
+    assert re.search(OWN_SUM, compiled.as_text())
+    assert np.isclose(compiled(jnp.full(3, value)), value * np.sqrt(90_003), rtol=2 * 2.0**-24)
+
+
+@pytest.mark.parametrize("make", [oc.clip_by_block_rms, oc.clip_by_average_norm])
+def test_a_norm_beyond_float32_is_not_finite_whatever_it_is_divided_by(make):
+    """As on a mesh; and so its derivative is that of a zero update."""
+    grads = jnp.full(4096, 2e37)  # of norm 1.3e39
+    tx = make(1.0)
+    update = jax.jit(lambda grads: tx.update(grads, tx.init(grads)))
+    (updates, state), (moved, _) = jax.jvp(update, (grads,), (grads,))
+
+    assert not np.any(updates)
+    assert state.metrics.nonfinite_steps == 1
+    assert not np.any(moved)
 
 
 # Large ones in rows, of which the number of entries is divisible by 64, by 2 and by nothing.

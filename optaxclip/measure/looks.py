@@ -1,7 +1,8 @@
-"""measure -> norms that are right in all of float32: a first look, and in rare steps a second.
+"""measure -> norms that are right in all of float32.
 
 Sums of squares in float32 leave its range long before norms do. :func:`in_range` keeps them right
-for all normal numbers, 1.2e-38 to 3.4e38, as long as their Euclidean norm is one too.
+for all normal numbers, 1.2e-38 to 3.4e38, as long as their Euclidean norm is one too: by a first
+look and in rare steps a second, or by sums in float64 where these are as fast.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ def _of_float64(norms: Norms) -> Norms:
 
 
 def _with_derivative(norms: Norms, plain: Norms) -> Norms:
-    """Norms with the derivative of others that have the same values.
+    """Norms with the derivative of others, which stand for the same.
 
     JAX would take one outside the context, where there is no float64; and takes no transpose of a
     `lax.cond` that is in such a rule and vmapped.
