@@ -98,7 +98,7 @@ def test_advice_on_a_long_run(tmp_path, capsys):
     norms = ordinary(4000)
     out = printed(capsys, "advise", write(tmp_path / "run.csv", [*norms, np.nan]))
 
-    assert "4001 norms in" in out
+    assert "4001 norms in" in " ".join(out.split())  # a long path ends a line anywhere
     assert "Not finite: 1." in out
     assert "It clips 5 % of the coming steps." in out
     found = limits(out)
