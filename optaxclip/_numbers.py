@@ -51,6 +51,11 @@ def real_dtype(x: jax.Array) -> Any:
     return jnp.finfo(x.dtype).dtype
 
 
+def has_float64(tree: Tree) -> bool:
+    """Whether a leaf is float64 or complex128."""
+    return any(real_dtype(x) == jnp.float64 for x in jax.tree.leaves(tree))
+
+
 def sanitized(x: jax.Array) -> jax.Array:
     """`x` with 0 in place of inf and NaN."""
     return where(jnp.isfinite(x), x, jnp.zeros_like(x))

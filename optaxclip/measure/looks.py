@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip import _device
-from optaxclip._numbers import opaque, real_dtype, widen
+from optaxclip._numbers import has_float64, opaque, real_dtype, widen
 
 from . import pieces, shards
 from .base import Fun, Measure, Norms, Packing, Tree, packing_of
@@ -100,7 +100,7 @@ def _widening(grads: Tree) -> tuple[Fun, Fun]:
     From XLA, which would make (c * power) * (c * power) of a leaf that is known to be c into
     c^2 * power^2, and neither is in range: a parameter that is not used has gradients of 0.
     """
-    wide = any(real_dtype(g) == jnp.float64 for g in jax.tree.leaves(grads))
+    wide = has_float64(grads)
     # Widened where it is used, because a branch takes its operands as arrays in memory.
     widened = functools.partial(_widened, wide=wide)
     return widened, lambda g: widened(jax.lax.optimization_barrier(g))
@@ -109,8 +109,7 @@ def _widening(grads: Tree) -> tuple[Fun, Fun]:
 def _unpacked_in_range(measure: Measure, grads: Tree, params: Tree) -> Tree:
     if not measure.sums:
         return measure.norms(grads, params)
-    doubles = any(real_dtype(g) == jnp.float64 for g in jax.tree.leaves(grads))
-    if measure.wide and _device.on_gpu() and not doubles:
+    if measure.wide and _device.on_gpu() and not has_float64(grads):
         return _in_float64(measure, grads, params)
     return _looked_at_again(measure, grads, params)
 

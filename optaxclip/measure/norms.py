@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optaxclip import _check
-from optaxclip._numbers import real_dtype, unstacked, widen
+from optaxclip._numbers import has_float64, unstacked, widen
 
 from . import bundles, pieces, rows
 from .arithmetic import EUCLIDEAN, WIDE, power_sum, root
@@ -197,7 +197,7 @@ def _of_leaves(
         sizes = root(pieces.power_sums(*parts(grads), ord, fun, own), ord)
         if counts is None:
             return sizes
-        if not any(real_dtype(g) == jnp.float64 for g in jax.tree.leaves(grads)):
+        if not has_float64(grads):
             # Where this is beyond its range, a norm is not finite, whatever it is divided by.
             sizes = sizes.astype(jnp.float32)
         return sizes / jnp.asarray(counts(grads)[order(grads)], sizes.dtype)

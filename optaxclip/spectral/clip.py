@@ -12,7 +12,7 @@ import optax
 
 from optaxclip import _check
 from optaxclip._clip import NONFINITE
-from optaxclip._numbers import part, real_dtype
+from optaxclip._numbers import has_float64, part
 from optaxclip._place import beside
 from optaxclip._range import Range
 from optaxclip._summary import observe
@@ -166,7 +166,7 @@ def clip_by_spectral_norm(
     def step(grads: Tree, state: ClipState) -> tuple[Tree, ClipState]:
         leaves, treedef = jax.tree.flatten(grads)
         memory = state.memory or Memory((), None)
-        wide = any(real_dtype(g) == jnp.float64 for g in leaves)
+        wide = has_float64(leaves)
         like = jnp.zeros((), jnp.float64 if wide else jnp.float32)
         limit, clock = threshold.update(like, memory.limit)
         old = _vectors(memory, len(leaves))
