@@ -16,7 +16,7 @@ from ._numbers import TOO_LARGE, TOO_SMALL, is_bad, part, sanitized, where, wide
 from ._place import abstract_norms, beside
 from ._summary import Groups, observe
 from .measure import Measure
-from .measure.looks import packed_in_range
+from .measure.looks import Measured, packed_in_range
 from .measure.shards import behind_a_barrier
 from .record import ClipState, start
 from .scale import rescale
@@ -113,12 +113,13 @@ def clip(
     # One program for eager calls too, in which `lax.cond` would be compiled anew at each step.
     @functools.partial(jax.jit, inline=True)
     def step(grads: Tree, state: ClipState, params: Tree) -> tuple[Tree, ClipState]:
-        measured, finite, unpacked = _measured(measure, grads, params, nonfinite)
+        measured, finite = _measured(measure, grads, params, nonfinite)
         uniform = is_uniform(threshold)
         # A memory is kept as the measure has norms; what else sees them may expect them so.
         if not (uniform and _is_entrywise(scale)) or jax.tree.leaves(state.memory):
-            measured, finite, unpacked = unpacked(measured), unpacked(finite), lambda norms: norms
-        norms, treedef = jax.tree.flatten(measured)
+            finite = measured.unpacked(finite)
+            measured = measured.as_is(measure, measured.unpacked(measured.norms), grads)
+        norms, treedef = jax.tree.flatten(measured.norms)
         memories = _apart(state.memory, treedef, norms, threshold)
         limits: list[jax.Array] = []
         entries: list[Entries] = []
@@ -135,7 +136,7 @@ def clip(
                 entries.append(Entries(leaves[i], norm, ok, limit, uniform, nonfinite))
             else:
                 scaled.append(_scaled(scale, norm, ok, limit, nonfinite))
-        spread = lambda parts: measure.spread(unpacked(treedef.unflatten(parts)), grads)
+        spread = lambda parts: measured.spread(treedef.unflatten(parts))
         if bounds:
             updates = bounded(grads, spread(limits), nonfinite)
         else:
@@ -194,18 +195,17 @@ def _is_clock(x: Any) -> bool:
     return isinstance(x, Clock)
 
 
-def _measured(
-    measure: Measure, grads: Tree, params: Tree, nonfinite: str
-) -> tuple[Tree, Tree, Callable[[Tree], Tree]]:
+def _measured(measure: Measure, grads: Tree, params: Tree, nonfinite: str) -> tuple[Measured, Tree]:
     """The norms that count under the policy, and whether those of `grads` itself are finite.
 
-    Both packed, if that is how they are measured; and what unpacks them.
+    Both packed, if that is how they are measured.
     """
-    norms, unpacked = packed_in_range(measure, grads, params)
-    finite = jax.tree.map(jnp.isfinite, norms)
+    found = packed_in_range(measure, grads, params)
+    finite = jax.tree.map(jnp.isfinite, found.norms)
     if nonfinite == "sanitize":
-        norms, _ = packed_in_range(measure, jax.tree.map(sanitized, grads), params)
-    return norms, finite, unpacked
+        clean = jax.tree.map(sanitized, grads)
+        found = found._replace(norms=packed_in_range(measure, clean, params).norms)
+    return found, finite
 
 
 def _limited(

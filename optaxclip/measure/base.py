@@ -18,16 +18,16 @@ AxisRule = int | Axes | Callable[[str, jax.Array], int | Axes | None] | None
 
 
 class Packing(NamedTuple):
-    """How one CPU measures many leaves, with few loops to compile: all norms are one array.
+    """How one CPU measures many leaves, with few loops to compile: norms are few arrays.
 
     Leaves may be laid together first, so what is to be done to their entries is done after that.
     """
 
     # grads, params, fun, *own -> norms of fun(leaf, *its own), where fun is entry by entry and 0 of
-    # 0, and what is its own stands in arrays like the norms. Where a measure does not sum, fun does
-    # nothing.
-    norms: Callable[..., jax.Array]
-    unpacked: Callable[[jax.Array, Tree], Tree]  # norms, grads -> norms as the measure has them
+    # 0, and what is its own is like the norms. Where a measure does not sum, fun does nothing.
+    norms: Callable[..., Tree]
+    unpacked: Callable[[Any, Tree], Tree]  # norms, grads -> norms as the measure has them
+    spread: Callable[[Any, Tree], Tree]  # as that of the measure, of what is packed
     suits: Callable[[Tree, Tree], bool] = lambda grads, params: True
     wide: bool = False  # its sums are of whole leaves, and may be of float64
 

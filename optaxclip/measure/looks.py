@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,24 +34,40 @@ def in_range(measure: Measure, grads: Tree, params: Tree) -> Tree:
     On a GPU they are of sums in float64, which the squares do not leave, and on a CPU where these
     are fast: of whole leaves in one place.
     """
-    norms, unpacked = packed_in_range(measure, grads, params)
-    return unpacked(norms)
+    found = packed_in_range(measure, grads, params)
+    return found.unpacked(found.norms)
 
 
-def packed_in_range(
-    measure: Measure, grads: Tree, params: Tree
-) -> tuple[Tree, Callable[[Tree], Tree]]:
-    """The same, packed if the measure has a packing and it is in place; and what unpacks them."""
+class Measured(NamedTuple):
+    """Norms in range, packed or not."""
+
+    norms: Tree
+    unpacked: Callable[[Tree], Tree]  # norms -> norms as the measure has them
+    spread: Callable[[Tree], Tree]  # factors that are as the norms -> a prefix tree of grads
+
+    @classmethod
+    def as_is(cls, measure: Measure, norms: Tree, grads: Tree) -> Measured:
+        """Norms as the measure has them."""
+        return cls(norms, lambda norms: norms, lambda factors: measure.spread(factors, grads))
+
+
+def packed_in_range(measure: Measure, grads: Tree, params: Tree) -> Measured:
+    """The same, packed if the measure has a packing and it is in place."""
     packing = packing_of(measure)
     here = pieces.are_here((grads, params))
     if packing is None or not here or not packing.suits(grads, params):
-        return _unpacked_in_range(measure, grads, params), lambda norms: norms
-    unpacked = lambda norms: packing.unpacked(norms, grads)
+        return Measured.as_is(measure, _unpacked_in_range(measure, grads, params), grads)
     if not measure.sums:
-        return packing.norms(grads, params, lambda g: g), unpacked
-    if packing.wide and all(map(_is_fast_in_float64, jax.tree.leaves(grads))):
-        return _packed_in_float64(packing, grads, params), unpacked
-    return _packed_and_looked_at_again(packing, grads, params), unpacked
+        norms = packing.norms(grads, params, lambda g: g)
+    elif packing.wide and all(map(_is_fast_in_float64, jax.tree.leaves(grads))):
+        norms = _packed_in_float64(packing, grads, params)
+    else:
+        norms = _packed_and_looked_at_again(packing, grads, params)
+    return Measured(
+        norms,
+        lambda norms: packing.unpacked(norms, grads),
+        lambda factors: packing.spread(factors, grads),
+    )
 
 
 def _is_fast_in_float64(g: jax.Array) -> bool:
@@ -59,7 +75,7 @@ def _is_fast_in_float64(g: jax.Array) -> bool:
     return real_dtype(g) in (jnp.float32, jnp.float16)
 
 
-def _packed_in_float64(packing: Packing, grads: Tree, params: Tree) -> jax.Array:
+def _packed_in_float64(packing: Packing, grads: Tree, params: Tree) -> Tree:
     """The norms as float32, of sums in float64.
 
     Nothing waits for a branch, and none is compiled. GPT-2's leaves, 10 M entries, SGD: a clip by
@@ -70,28 +86,29 @@ def _packed_in_float64(packing: Packing, grads: Tree, params: Tree) -> jax.Array
     widened = functools.partial(_widened, wide=True)
     wide = _of_float64(lambda grads, params: packing.norms(grads, params, widened))
 
-    def norms(grads: Tree, params: Tree) -> jax.Array:
+    def norms(grads: Tree, params: Tree) -> Tree:
         # What is exported may run elsewhere: on a TPU, float64 has the range of float32.
         found = jax.lax.platform_dependent(grads, params, cpu=wide, default=plain)
-        return found if found.ndim else opaque(found)
+        return jax.tree.map(lambda norm: norm if norm.ndim else opaque(norm), found)
 
     return _with_derivative(norms, functools.partial(plain, cond=_both))(grads, params)
 
 
 def _packed_and_looked_at_again(
     packing: Packing, grads: Tree, params: Tree, cond: Callable[..., Tree] = jax.lax.cond
-) -> jax.Array:
+) -> Tree:
     """As _looked_at_again, each norm of its own power."""
     widened, hidden = _widening(grads)
     norms = packing.norms(grads, params, widened)
 
-    def look_again() -> jax.Array:
+    def look_again() -> Tree:
         product = jax.jit(lambda g, power: _product(hidden(g), power))
-        powers = _power(norms)
+        powers = jax.tree.map(_power, norms)
         found = packing.norms(grads, params, product, powers)
-        return _better(norms, _quotient(found, powers))
+        return jax.tree.map(_better, norms, jax.tree.map(_quotient, found, powers))
 
-    return cond(jnp.any(_is_small(norms) | _is_large(norms)), look_again, lambda: norms)
+    out = [jnp.any(_is_small(norm) | _is_large(norm)) for norm in jax.tree.leaves(norms)]
+    return cond(jnp.any(jnp.stack(out)), look_again, lambda: norms)
 
 
 def _widening(grads: Tree) -> tuple[Fun, Fun]:

@@ -114,10 +114,10 @@ def relative(measure: Measure, eps: float | jax.Array) -> Measure:
         # Relative to weights that are lost, no gradient is small.
         return quotient(norm, jnp.where(jnp.isfinite(weight), weight, jnp.nan))
 
-    def packed(grads: Tree, params: Tree, fun: Fun) -> jax.Array:
+    def packed(grads: Tree, params: Tree, fun: Fun) -> Tree:
         del fun
-        weights, _ = packed_in_range(measure, _weights(grads, params), None)
-        return ratio(packed_in_range(measure, grads, None)[0], weights)
+        weights = packed_in_range(measure, _weights(grads, params), None).norms
+        return jax.tree.map(ratio, packed_in_range(measure, grads, None).norms, weights)
 
     def suits(grads: Tree, params: Tree) -> bool:
         # Else they might be packed in different orders.

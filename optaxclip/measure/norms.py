@@ -61,7 +61,7 @@ def global_norm(ord: float = EUCLIDEAN, *, axis_name: AxisName = None) -> Measur
 
     spread = lambda factors, grads: factors
     if ord == EUCLIDEAN:
-        packed_by(norms, Packing(packed, lambda norms, grads: norms, wide=True))
+        packed_by(norms, Packing(packed, lambda norms, grads: norms, spread, wide=True))
     return Measure(norms, spread, sums=ord != math.inf, wide=ord in WIDE)
 
 
@@ -185,28 +185,48 @@ def _of_leaves(
 ) -> Packing:
     """The packing of one norm per leaf, over what is counted there."""
 
-    def parts(grads: Tree) -> tuple[list[Bundle], list[Axes]]:
-        found = bundles.single(grads, axis_name)
-        return found, [tuple(range(part.leaves[0].ndim)) for part in found]
+    def groups(grads: Tree) -> list[tuple[np.ndarray, list[Bundle], list[Axes]]]:
+        """The places of leaves that are measured together, in that order; these; their axes."""
+        parts = bundles.single(grads, axis_name)
+        axes = [tuple(range(part.leaves[0].ndim)) for part in parts]
+        found = []
+        for group in pieces.apart_if_large(parts):
+            some, over = [parts[i] for i in group], [axes[i] for i in group]
+            found.append((np.array(group, int)[pieces.order(some, over)], some, over))
+        return found
 
-    def order(grads: Tree) -> np.ndarray:
-        return np.array(pieces.order(*parts(grads)), int)
-
-    def norms(grads: Tree, params: Tree, fun: Fun, *own: jax.Array) -> jax.Array:
+    def norms(grads: Tree, params: Tree, fun: Fun, *own: list[jax.Array]) -> list[jax.Array]:
         del params
-        sizes = root(pieces.power_sums(*parts(grads), ord, fun, own), ord)
+        plan = groups(grads)
+        each = zip(*own, strict=True) if own else [()] * len(plan)
+        found: list[jax.Array] = []
+        for (_, parts, axes), mine in zip(plan, each, strict=True):
+            # Else all would be read before any is clipped.
+            last = found[-1] if found else None
+            found.append(root(pieces.power_sums(parts, axes, ord, fun, mine, after=last), ord))
         if counts is None:
-            return sizes
+            return found
         if not has_float64(grads):
             # Where this is beyond its range, a norm is not finite, whatever it is divided by.
-            sizes = sizes.astype(jnp.float32)
-        return sizes / jnp.asarray(counts(grads)[order(grads)], sizes.dtype)
+            found = [sizes.astype(jnp.float32) for sizes in found]
+        under = counts(grads)
+        return [
+            sizes / jnp.asarray(under[order], sizes.dtype)
+            for sizes, (order, *_) in zip(found, plan, strict=True)
+        ]
 
-    def unpacked(norms: jax.Array, grads: Tree) -> jax.Array:
-        places = np.argsort(order(grads))
-        return norms.at[places].get(unique_indices=True, mode="promise_in_bounds")
+    def back(grads: Tree) -> np.ndarray:
+        return np.argsort(np.concatenate([order for order, *_ in groups(grads)]))
 
-    return Packing(norms, unpacked, wide=ord in WIDE)
+    def unpacked(norms: list[jax.Array], grads: Tree) -> jax.Array:
+        norm = jnp.concatenate(norms)
+        return norm.at[back(grads)].get(unique_indices=True, mode="promise_in_bounds")
+
+    def spread(factors: list[jax.Array], grads: Tree) -> Tree:
+        found = [x for vector in factors for x in unstacked(vector)]
+        return like_leaves([found[i] for i in back(grads)], grads)
+
+    return Packing(norms, unpacked, spread, wide=ord in WIDE)
 
 
 def _one_per_leaf(factors: jax.Array, grads: Tree) -> Tree:

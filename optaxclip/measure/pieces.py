@@ -33,6 +33,9 @@ from .shards import in_a_stack, is_in_one_place
 # Entries. 480 leaves of 4096 take 1.93 ms in such pieces, 2.8 in twice as large ones, 2.3 in half
 # as large ones and 1.87 in bundles.
 PIECE = 2**15
+# Entries of a leaf whose norm is an array of its own, and how many such there are, as each is some
+# loops more to compile.
+LARGE, MOST = 2**18, 32
 
 
 def total(parts: list[Bundle], fun: Callable[[jax.Array], jax.Array]) -> jax.Array:
@@ -57,7 +60,13 @@ def total(parts: list[Bundle], fun: Callable[[jax.Array], jax.Array]) -> jax.Arr
 
 
 def power_sums(
-    parts: Sequence[Bundle], axes: Sequence[Axes], ord: float, fun: Fun, own: Sequence[jax.Array]
+    parts: Sequence[Bundle],
+    axes: Sequence[Axes],
+    ord: float,
+    fun: Fun,
+    own: Sequence[jax.Array],
+    *,
+    after: jax.Array | None = None,
 ) -> jax.Array:
     """The power sums of fun(leaf, *its own) over its axes, all behind each other.
 
@@ -67,6 +76,7 @@ def power_sums(
       ord: p.
       fun: as that of `total`.
       own: vectors like the one that is returned.
+      after: as of :func:`.arithmetic.power_sum`.
 
     Returns:
       A vector, leaf by leaf as in `order`.
@@ -78,7 +88,7 @@ def power_sums(
 
     @functools.partial(jax.jit, static_argnums=1)  # traced once for all leaves of one shape
     def summed(x: jax.Array, over: Axes, *mine: jax.Array) -> jax.Array:
-        return power_sum(fun(x, *(m.reshape(kept(x, over)) for m in mine)), ord, over)
+        return power_sum(fun(x, *(m.reshape(kept(x, over)) for m in mine)), ord, over, after)
 
     for run, mine in zip(plan, each, strict=True):
         x, over = parts[run[0]].leaves[0], axes[run[0]]
@@ -87,6 +97,18 @@ def power_sums(
         found.append(joined(summed(x, over, *mine), ord, parts[run[0]].over).reshape(-1))
     # As in bundles.sums.
     return jax.lax.optimization_barrier(end_to_end(of_one_dtype(found)))
+
+
+def apart_if_large(parts: Sequence[Bundle]) -> list[list[int]]:
+    """The places of the leaves: of each large one by itself, and of all others.
+
+    So none waits for the norm of a large one, and that is still in a cache when it is multiplied.
+    """
+    sizes = [part.leaves[0].size for part in parts]
+    large = sorted(range(len(parts)), key=lambda i: -sizes[i])[:MOST]
+    alone = sorted(i for i in large if sizes[i] >= LARGE)
+    rest = sorted({*range(len(parts))} - {*alone})
+    return [rest, *([i] for i in alone)] if rest or not alone else [[i] for i in alone]
 
 
 def runs(parts: Sequence[Bundle], axes: Sequence[Axes]) -> list[Sequence[int]]:

@@ -112,7 +112,10 @@ def unit_norm(
         found = dict(zip(order, each, strict=True))
         return [found[i].reshape(shape) for i, shape in enumerate(shapes)]
 
-    packed_by(norms, Packing(packed, unpacked))
+    def spread(factors: jax.Array, grads: Tree) -> Tree:
+        return like_leaves(unpacked(factors, grads), grads)
+
+    packed_by(norms, Packing(packed, unpacked, spread))
     return Measure(norms, like_leaves, sums=ord != math.inf, apart=True, wide=ord in WIDE)
 
 
