@@ -343,6 +343,62 @@ def test_large_leaves_in_rows(scale, p, vmapped):
         np.testing.assert_allclose(slope[name], expected, rtol=1e-6, atol=1e-7)
 
 
+def large_and_small(dtype=jnp.float32):
+    """More large leaves than have a norm apart, in no order of size, with small ones between."""
+    sizes = {f"{i:02}": pieces.LARGE + 1000 * (i % 7) for i in range(pieces.MOST + 2)}
+    sizes |= {f"{i:02}, small": 10 + i % 3 for i in range(0, pieces.MOST, 3)}
+    return {
+        name: (trees.normal(sizes[name], seed=i) * (1 + i % 5)).astype(dtype)
+        for i, name in enumerate(sorted(sizes))
+    }
+
+
+OF_LARGE = {
+    "norm": (oc.measure.leaf_norm(), 100.0),
+    "rms": (oc.measure.leaf_rms(), 2.0),
+    "relative": (oc.measure.relative(oc.measure.leaf_norm(), eps=1e-3), 2.0),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", OF_LARGE)
+def test_large_leaves_are_clipped_by_their_own_norms(name, dtype):
+    """Each leaf by its own, wherever it is in the tree, and so are others where one is bad."""
+    measure, limit = OF_LARGE[name]
+    tree = large_and_small(dtype)
+    tree["03"] = tree["03"].at[5].set(jnp.nan)
+    tree["05"] *= jnp.asarray(1e-30, dtype)
+    tree["06, small"] *= jnp.asarray(1e25, dtype)
+    params = jax.tree.map(jnp.ones_like, tree)
+    tx = oc.clip(measure, oc.threshold.constant(limit))
+    updates, state = jax.jit(tx.update)(tree, tx.init(params), params)
+
+    assert state.metrics.nonfinite_steps == 1
+    for key, x in tree.items():
+        wide = np.asarray(x, np.float64)
+        unit = 1 if name == "norm" else np.sqrt(wide.size)
+        factor = min(1, limit * unit / np.linalg.norm(wide))
+        expected = np.zeros_like(wide) if key == "03" else wide * factor
+        rtol = 1e-6 if dtype == jnp.float32 else 2.0**-8
+        np.testing.assert_allclose(np.asarray(updates[key], np.float64), expected, rtol=rtol)
+
+
+def test_a_large_leaf_waits_for_no_later_one():
+    """What it becomes is known before the next large leaf is read, and the last one is last."""
+    tree = large_and_small()
+    tx = oc.clip_by_norm()
+    state = tx.init(tree)
+
+    def bytes_for(name):
+        compiled = jax.jit(lambda tree: tx.update(tree, state)[0][name]).lower(tree).compile()
+        return compiled.cost_analysis()["bytes accessed"]
+
+    # Itself three times, the one before, and two that are with the small ones, which come first.
+    first, *_, last = sorted(k for k, x in tree.items() if x.size > pieces.LARGE)
+    assert bytes_for(first) < 7 * tree[first].nbytes
+    assert bytes_for(last) > pieces.MOST * tree[last].nbytes
+
+
 def test_a_norm_of_float64_leaves_has_a_derivative():
     """Where a program has float64 enabled, its sums are of rows, too."""
     with jax.enable_x64(True):
