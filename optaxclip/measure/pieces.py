@@ -108,7 +108,7 @@ def apart_if_large(parts: Sequence[Bundle]) -> list[list[int]]:
     large = sorted(range(len(parts)), key=lambda i: -sizes[i])[:MOST]
     alone = sorted(i for i in large if sizes[i] >= LARGE)
     rest = sorted({*range(len(parts))} - {*alone})
-    return [rest, *([i] for i in alone)] if rest or not alone else [[i] for i in alone]
+    return [group for group in (rest, *([i] for i in alone)) if group]
 
 
 def runs(parts: Sequence[Bundle], axes: Sequence[Axes]) -> list[Sequence[int]]:
