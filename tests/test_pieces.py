@@ -409,6 +409,20 @@ def test_a_norm_of_float64_leaves_has_a_derivative():
         np.testing.assert_allclose(jax.grad(norm)(x), x / size, rtol=1e-13)
 
 
+@pytest.mark.parametrize("p", [2, np.inf])
+def test_norms_of_leaves_of_several_dtypes_have_one(p):
+    """Of a large leaf, whose norm is an array of its own, and small ones."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        tree = {"a": jnp.full(3, 2.0), "b": jnp.full(pieces.LARGE, 1, jnp.float32)}
+        tx = oc.clip(oc.measure.leaf_norm(p), oc.threshold.constant(0.5))
+        found = in_range(oc.measure.leaf_norm(p), tree, None)
+        updates, _ = jax.jit(tx.update)(tree, tx.init(tree))
+
+    assert found.dtype == jnp.float64
+    np.testing.assert_allclose(found, exactly(tree, whole, p), rtol=2.0**-23)
+    np.testing.assert_allclose(exactly(updates, whole, p), 0.5, rtol=2.0**-23)
+
+
 def test_what_is_exported_to_a_tpu_has_no_float64():
     """Its float64 has the range of float32: what is traced on a CPU for it has two looks."""
     grads = {"a": jnp.ones((8, 8)), "b": jnp.ones(8)}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optaxclip import _check
-from optaxclip._numbers import has_float64, unstacked, widen
+from optaxclip._numbers import has_float64, of_one_dtype, unstacked, widen
 
 from . import bundles, pieces, rows
 from .arithmetic import EUCLIDEAN, WIDE, power_sum, root
@@ -204,6 +204,7 @@ def _of_leaves(
             # Else all would be read before any is clipped.
             last = found[-1] if found else None
             found.append(root(pieces.power_sums(parts, axes, ord, fun, mine, after=last), ord))
+        found = of_one_dtype(found)
         if counts is None:
             return found
         if not has_float64(grads):
