@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip import _device
-from optaxclip._numbers import has_float64, opaque, real_dtype, widen
+from optaxclip._numbers import has_float64, opaque, widen
 
 from . import pieces, shards
+from .arithmetic import is_fast_in_float64
 from .base import Fun, Measure, Norms, Packing, Tree, packing_of
 
 # A norm from here on has lost nothing that float32 could hold to squares that were flushed: those
@@ -52,14 +53,14 @@ class Measured(NamedTuple):
 
 
 def packed_in_range(measure: Measure, grads: Tree, params: Tree) -> Measured:
-    """The same, packed if the measure has a packing and it is in place."""
+    """The norms of `in_range`, packed if the measure has a packing and it is in place."""
     packing = packing_of(measure)
     here = pieces.are_here((grads, params))
     if packing is None or not here or not packing.suits(grads, params):
         return Measured.as_is(measure, _unpacked_in_range(measure, grads, params), grads)
     if not measure.sums:
         norms = packing.norms(grads, params, lambda g: g)
-    elif packing.wide and all(map(_is_fast_in_float64, jax.tree.leaves(grads))):
+    elif packing.wide and is_fast_in_float64(grads):
         norms = _packed_in_float64(packing, grads, params)
     else:
         norms = _packed_and_looked_at_again(packing, grads, params)
@@ -68,11 +69,6 @@ def packed_in_range(measure: Measure, grads: Tree, params: Tree) -> Measured:
         lambda norms: packing.unpacked(norms, grads),
         lambda factors: packing.spread(factors, grads),
     )
-
-
-def _is_fast_in_float64(g: jax.Array) -> bool:
-    # Of bfloat16, a step takes 1.1 to 1.2 times that with two looks.
-    return real_dtype(g) in (jnp.float32, jnp.float16)
 
 
 def _packed_in_float64(packing: Packing, grads: Tree, params: Tree) -> Tree:

@@ -13,7 +13,7 @@ from optaxclip import _check
 from optaxclip._numbers import has_float64, of_one_dtype, unstacked, widen
 
 from . import bundles, pieces, rows
-from .arithmetic import EUCLIDEAN, WIDE, power_sum, root
+from .arithmetic import EUCLIDEAN, WIDE, is_fast_in_float64, power_sum, root
 from .base import Axes, Fun, Measure, Packing, Tree, like_leaves, packed_by, places
 from .bundles import Bundle
 from .shards import AxisName, count, split_over
@@ -190,7 +190,9 @@ def _of_leaves(
         parts = bundles.single(grads, axis_name)
         axes = [tuple(range(part.leaves[0].ndim)) for part in parts]
         found = []
-        for group in pieces.apart_if_large(parts):
+        # After a second look, which is one branch, all would wait for all nevertheless.
+        looks_once = ord == math.inf or (ord in WIDE and is_fast_in_float64(grads))
+        for group in pieces.apart_if_large(parts) if looks_once else [range(len(parts))]:
             some, over = [parts[i] for i in group], [axes[i] for i in group]
             found.append((np.array(group, int)[pieces.order(some, over)], some, over))
         return found
@@ -201,7 +203,7 @@ def _of_leaves(
         each = zip(*own, strict=True) if own else [()] * len(plan)
         found: list[jax.Array] = []
         for (_, parts, axes), mine in zip(plan, each, strict=True):
-            # Else all would be read before any is clipped.
+            # Else all that are added up in float64 would be read before any is clipped.
             last = found[-1] if found else None
             found.append(root(pieces.power_sums(parts, axes, ord, fun, mine, after=last), ord))
         found = of_one_dtype(found)

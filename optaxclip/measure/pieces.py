@@ -100,9 +100,9 @@ def power_sums(
 
 
 def apart_if_large(parts: Sequence[Bundle]) -> list[list[int]]:
-    """The places of the leaves: of each large one by itself, and of all others.
+    """The places of the leaves: of all others, and of each large one by itself.
 
-    So none waits for the norm of a large one, and that is still in a cache when it is multiplied.
+    So a large leaf waits for no later one, and is still in a cache when it is multiplied.
     """
     sizes = [part.leaves[0].size for part in parts]
     large = sorted(range(len(parts)), key=lambda i: -sizes[i])[:MOST]
