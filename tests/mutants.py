@@ -379,7 +379,7 @@ FAULTS = {
     ),
     "have large leaves wait for all norms": Fault(
         "measure/pieces.py",
-        "alone = sorted(i for i in large if sizes[i] >= LARGE)",
+        "alone = sorted(i for i in large if sizes[i] >= ALONE)",
         "alone = []",
         "test_pieces.py -k waits_for_no_later",
         ONE_DEVICE,

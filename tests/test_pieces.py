@@ -345,8 +345,8 @@ def test_large_leaves_in_rows(scale, p, vmapped):
 
 def large_and_small(dtype=jnp.float32):
     """More large leaves than have a norm apart, in no order of size, with small ones between."""
-    sizes = {f"{i:02}": pieces.LARGE + 1000 * (i % 7) for i in range(pieces.MOST + 2)}
-    sizes |= {f"{i:02}, small": 10 + i % 3 for i in range(0, pieces.MOST, 3)}
+    sizes = {f"{i:02}": pieces.ALONE + 1000 * (i % 7) for i in range(pieces.MOST_ALONE + 2)}
+    sizes |= {f"{i:02}, small": 10 + i % 3 for i in range(0, pieces.MOST_ALONE, 3)}
     return {
         name: (trees.normal(sizes[name], seed=i) * (1 + i % 5)).astype(dtype)
         for i, name in enumerate(sorted(sizes))
@@ -394,9 +394,9 @@ def test_a_large_leaf_waits_for_no_later_one():
         return compiled.cost_analysis()["bytes accessed"]
 
     # Itself three times, the one before, and two that are with the small ones, which come first.
-    first, *_, last = sorted(k for k, x in tree.items() if x.size > pieces.LARGE)
+    first, *_, last = sorted(k for k, x in tree.items() if x.size > pieces.ALONE)
     assert bytes_for(first) < 7 * tree[first].nbytes
-    assert bytes_for(last) > pieces.MOST * tree[last].nbytes
+    assert bytes_for(last) > pieces.MOST_ALONE * tree[last].nbytes
 
 
 def test_a_norm_of_float64_leaves_has_a_derivative():
@@ -413,7 +413,7 @@ def test_a_norm_of_float64_leaves_has_a_derivative():
 def test_norms_of_leaves_of_several_dtypes_have_one(p):
     """Of a large leaf, whose norm is an array of its own, and small ones."""
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        tree = {"a": jnp.full(3, 2.0), "b": jnp.full(pieces.LARGE, 1, jnp.float32)}
+        tree = {"a": jnp.full(3, 2.0), "b": jnp.full(pieces.ALONE, 1, jnp.float32)}
         tx = oc.clip(oc.measure.leaf_norm(p), oc.threshold.constant(0.5))
         found = in_range(oc.measure.leaf_norm(p), tree, None)
         updates, _ = jax.jit(tx.update)(tree, tx.init(tree))

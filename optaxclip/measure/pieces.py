@@ -35,7 +35,7 @@ from .shards import in_a_stack, is_in_one_place
 PIECE = 2**15
 # Entries of a leaf whose norm is an array of its own, and how many such there are, as each is some
 # loops more to compile.
-LARGE, MOST = 2**18, 32
+ALONE, MOST_ALONE = 2**18, 32
 
 
 def total(parts: list[Bundle], fun: Callable[[jax.Array], jax.Array]) -> jax.Array:
@@ -105,8 +105,8 @@ def apart_if_large(parts: Sequence[Bundle]) -> list[list[int]]:
     So a large leaf waits for no later one, and is still in a cache when it is multiplied.
     """
     sizes = [part.leaves[0].size for part in parts]
-    large = sorted(range(len(parts)), key=lambda i: -sizes[i])[:MOST]
-    alone = sorted(i for i in large if sizes[i] >= LARGE)
+    large = sorted(range(len(parts)), key=lambda i: -sizes[i])[:MOST_ALONE]
+    alone = sorted(i for i in large if sizes[i] >= ALONE)
     rest = sorted({*range(len(parts))} - {*alone})
     return [group for group in (rest, *([i] for i in alone)) if group]
 
