@@ -372,15 +372,15 @@ FAULTS = {
     ),
     "read all large leaves before any is clipped": Fault(
         "measure/norms.py",
-        "last = found[-1] if found else None",
+        "last = pieces.awaited(found[-1], parts)",
         "last = None",
         "test_pieces.py -k waits_for_no_later",
         ONE_DEVICE,
     ),
-    "have large leaves wait for all norms": Fault(
+    "have all leaves wait for all norms": Fault(
         "measure/pieces.py",
-        "alone = sorted(i for i in large if sizes[i] >= ALONE)",
-        "alone = []",
+        "least = max(GROUP, sum(sizes[i] for i in others) // MOST)",
+        "least = math.inf",
         "test_pieces.py -k waits_for_no_later",
         ONE_DEVICE,
     ),

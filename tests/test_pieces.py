@@ -344,9 +344,11 @@ def test_large_leaves_in_rows(scale, p, vmapped):
 
 
 def large_and_small(dtype=jnp.float32):
-    """More large leaves than have a norm apart, in no order of size, with small ones between."""
-    sizes = {f"{i:02}": pieces.ALONE + 1000 * (i % 7) for i in range(pieces.MOST_ALONE + 2)}
-    sizes |= {f"{i:02}, small": 10 + i % 3 for i in range(0, pieces.MOST_ALONE, 3)}
+    """Large leaves in groups of one to four, in no order of size, with small ones between."""
+    sizes = {f"{i:02}": pieces.GROUP // 4 + 1000 * (i % 7) for i in range(24)}
+    sizes |= {f"{i:02}": pieces.GROUP // 2 + 1000 * (i % 3) for i in (5, 9, 11, 12)}
+    sizes |= {f"{i:02}": pieces.LONG - 7 * (i % 3) for i in range(14, 18)}
+    sizes |= {"20": pieces.GROUP + 8} | {f"{i:02}, small": 10 + i % 3 for i in range(0, 24, 3)}
     return {
         name: (trees.normal(sizes[name], seed=i) * (1 + i % 5)).astype(dtype)
         for i, name in enumerate(sorted(sizes))
@@ -383,8 +385,8 @@ def test_large_leaves_are_clipped_by_their_own_norms(name, dtype):
         np.testing.assert_allclose(np.asarray(updates[key], np.float64), expected, rtol=rtol)
 
 
-def test_a_large_leaf_waits_for_no_later_one():
-    """What it becomes is known before the next large leaf is read, and the last one is last."""
+def test_a_group_of_leaves_waits_for_no_later_one():
+    """What they become is known before the next group is read, and the last one is last."""
     tree = large_and_small()
     tx = oc.clip_by_norm()
     state = tx.init(tree)
@@ -393,10 +395,28 @@ def test_a_large_leaf_waits_for_no_later_one():
         compiled = jax.jit(lambda tree: tx.update(tree, state)[0][name]).lower(tree).compile()
         return compiled.cost_analysis()["bytes accessed"]
 
-    # Itself three times, the one before, and two that are with the small ones, which come first.
-    first, *_, last = sorted(k for k, x in tree.items() if x.size > pieces.ALONE)
-    assert bytes_for(first) < 7 * tree[first].nbytes
-    assert bytes_for(last) > pieces.MOST_ALONE * tree[last].nbytes
+    large = sorted(k for k, x in tree.items() if x.size > pieces.SMALL)
+    first, last = tree[large[0]].nbytes, sum(tree[name].nbytes for name in large)
+    # Itself three times, and three that are in its group.
+    assert bytes_for(large[0]) < 7 * first
+    assert bytes_for(large[-1]) > last
+
+
+def test_groups_of_leaves_are_few_and_have_each_leaf_once():
+    """Small leaves in the first, and in the others enough, in the order of the tree."""
+    random = np.random.default_rng(0)
+    for most in (2**12, 2**19, 2**21, 2**26):
+        sizes = random.integers(1, most, 200)
+        parts = [pieces.Bundle([jax.ShapeDtypeStruct((n,), jnp.float32)], ()) for n in sizes]
+        small = [i for i, n in enumerate(sizes) if n <= pieces.SMALL]
+        groups = pieces.in_turn(parts)
+
+        assert sorted(i for group in groups for i in group) == list(range(200))
+        assert groups[: 1 if small else 0] == ([small] if small else [])
+        others = groups[1 if small else 0 :]
+        assert len(others) <= pieces.MOST + 1
+        assert [i for group in others for i in group] == sorted(i for g in others for i in g)
+        assert all(sizes[group].sum() >= pieces.GROUP for group in others[:-1])
 
 
 def test_a_norm_of_float64_leaves_has_a_derivative():
@@ -413,7 +433,7 @@ def test_a_norm_of_float64_leaves_has_a_derivative():
 def test_norms_of_leaves_of_several_dtypes_have_one(p):
     """Of a large leaf, whose norm is an array of its own, and small ones."""
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        tree = {"a": jnp.full(3, 2.0), "b": jnp.full(pieces.ALONE, 1, jnp.float32)}
+        tree = {"a": jnp.full(3, 2.0), "b": jnp.full(pieces.LONG, 1, jnp.float32)}
         tx = oc.clip(oc.measure.leaf_norm(p), oc.threshold.constant(0.5))
         found = in_range(oc.measure.leaf_norm(p), tree, None)
         updates, _ = jax.jit(tx.update)(tree, tx.init(tree))

@@ -192,7 +192,7 @@ def _of_leaves(
         found = []
         # After a second look, which is one branch, all would wait for all nevertheless.
         looks_once = ord == math.inf or (ord in WIDE and is_fast_in_float64(grads))
-        for group in pieces.apart_if_large(parts) if looks_once else [range(len(parts))]:
+        for group in pieces.in_turn(parts) if looks_once else [range(len(parts))]:
             some, over = [parts[i] for i in group], [axes[i] for i in group]
             found.append((np.array(group, int)[pieces.order(some, over)], some, over))
         return found
@@ -202,10 +202,10 @@ def _of_leaves(
         plan = groups(grads)
         each = zip(*own, strict=True) if own else [()] * len(plan)
         found: list[jax.Array] = []
+        last = None  # else all that are added up in float64 would be read before any is clipped
         for (_, parts, axes), mine in zip(plan, each, strict=True):
-            # Else all that are added up in float64 would be read before any is clipped.
-            last = found[-1] if found else None
             found.append(root(pieces.power_sums(parts, axes, ord, fun, mine, after=last), ord))
+            last = pieces.awaited(found[-1], parts)
         found = of_one_dtype(found)
         if counts is None:
             return found

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip import _device
-from optaxclip._numbers import apart, end_to_end, of_one_dtype
+from optaxclip._numbers import apart, end_to_end, of_one_dtype, opaque
 
 from . import bundles
 from .arithmetic import EUCLIDEAN, added, joined, power_sum, square_sum
@@ -33,9 +33,10 @@ from .shards import in_a_stack, is_in_one_place
 # Entries. 480 leaves of 4096 take 1.93 ms in such pieces, 2.8 in twice as large ones, 2.3 in half
 # as large ones and 1.87 in bundles.
 PIECE = 2**15
-# Entries of a leaf whose norm is an array of its own, and how many such there are, as each is some
-# loops more to compile.
-ALONE, MOST_ALONE = 2**18, 32
+# Entries of a group of leaves whose norms are an array, and how many there are of these, as each is
+# some loops more to compile.
+GROUP, MOST = 2**20, 32
+LONG = 2**18  # entries of a leaf that the next group waits one operation longer for
 
 
 def total(parts: list[Bundle], fun: Callable[[jax.Array], jax.Array]) -> jax.Array:
@@ -99,16 +100,34 @@ def power_sums(
     return jax.lax.optimization_barrier(end_to_end(of_one_dtype(found)))
 
 
-def apart_if_large(parts: Sequence[Bundle]) -> list[list[int]]:
-    """The places of the leaves: of all others, and of each large one by itself.
+def in_turn(parts: Sequence[Bundle]) -> list[list[int]]:
+    """The places of the leaves in groups that are measured, and so clipped, one after the other.
 
-    So a large leaf waits for no later one, and is still in a cache when it is multiplied.
+    Then leaves are still in a cache when they are multiplied. The first group is of all small ones,
+    the others of those in between and large ones, in the order of the tree.
     """
     sizes = [part.leaves[0].size for part in parts]
-    large = sorted(range(len(parts)), key=lambda i: -sizes[i])[:MOST_ALONE]
-    alone = sorted(i for i in large if sizes[i] >= ALONE)
-    rest = sorted({*range(len(parts))} - {*alone})
-    return [group for group in (rest, *([i] for i in alone)) if group]
+    small = [i for i, part in enumerate(parts) if are_worth(part)]
+    others = [i for i in range(len(parts)) if i not in {*small}]
+    least = max(GROUP, sum(sizes[i] for i in others) // MOST)
+    groups: list[list[int]] = [small, []]
+    for i in others:
+        groups[-1].append(i)
+        if sum(sizes[j] for j in groups[-1]) >= least:
+            groups.append([])
+    return [group for group in groups if group]
+
+
+def awaited(norms: jax.Array, parts: Sequence[Bundle]) -> jax.Array:
+    """What the group after one with these norms is to wait for.
+
+    It would be read, on all cores, before a large leaf of this one is clipped, as factors take one
+    operation from the norms on. With one more, clip_by_block_rms and AdamW on the scanned tree take
+    0.98 to 1.03 of the time with Optax's, in place of 1.04; on gpt2, of no large leaf but the last,
+    it would be 1.07 in place of 1.03.
+    """
+    is_long = any(part.leaves[0].size >= LONG for part in parts)
+    return opaque(jnp.max(norms)) if is_long else norms
 
 
 def runs(parts: Sequence[Bundle], axes: Sequence[Axes]) -> list[Sequence[int]]:
