@@ -53,7 +53,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", default="float32", help="float32, bfloat16 or both (%(default)s)")
     add("--peers", action="store_true", help="also a one-liner, smartclip and PyTorch")
     add("--devices", type=int, default=1, help="split the trees; a CPU pretends to be several")
-    add("--rounds", type=int, default=30, help="that count (%(default)s)")
+    add("--rounds", type=int, default=100, help="that count (%(default)s)")
     add("--seconds", type=float, default=math.inf, help="of a group's rounds, at most")
     add("--compiles", type=int, default=1, help="of each step, for the median (%(default)s)")
     add("--no-eager", action="store_true", help="no calls outside jit, which compile all anew")
