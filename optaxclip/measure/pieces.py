@@ -108,7 +108,7 @@ def in_turn(parts: Sequence[Bundle]) -> list[list[int]]:
     """
     sizes = [part.leaves[0].size for part in parts]
     small = [i for i, part in enumerate(parts) if are_worth(part)]
-    others = [i for i in range(len(parts)) if i not in {*small}]
+    others = sorted({*range(len(parts))} - {*small})
     least = max(GROUP, sum(sizes[i] for i in others) // MOST)
     groups: list[list[int]] = [small, []]
     for i in others:
