@@ -344,11 +344,12 @@ def test_large_leaves_in_rows(scale, p, vmapped):
 
 
 def large_and_small(dtype=jnp.float32):
-    """Large leaves in groups of one to four, in no order of size, with small ones between."""
-    sizes = {f"{i:02}": pieces.GROUP // 4 + 1000 * (i % 7) for i in range(24)}
-    sizes |= {f"{i:02}": pieces.GROUP // 2 + 1000 * (i % 3) for i in (5, 9, 11, 12)}
-    sizes |= {f"{i:02}": pieces.LONG - 7 * (i % 3) for i in range(14, 18)}
-    sizes |= {"20": pieces.GROUP + 8} | {f"{i:02}, small": 10 + i % 3 for i in range(0, 24, 3)}
+    """Groups of four, one, and five, none of these long, with small leaves between."""
+    sizes = {f"{i:02}": pieces.GROUP // 4 + 1000 * (i % 7) for i in range(4)}
+    sizes |= {"04": pieces.GROUP + 8, "05": pieces.GROUP}
+    sizes |= {f"{i:02}": pieces.GROUP // 5 + 1000 * (i % 7 + 1) for i in range(6, 16)}
+    sizes |= {f"{i:02}": pieces.GROUP // 2 - 1000 * (i % 3) for i in range(16, 20)}
+    sizes |= {f"{i:02}, small": 10 + i % 3 for i in range(0, 20, 3)}
     return {
         name: (trees.normal(sizes[name], seed=i) * (1 + i % 5)).astype(dtype)
         for i, name in enumerate(sorted(sizes))
@@ -396,6 +397,8 @@ def test_a_group_of_leaves_waits_for_no_later_one():
         return compiled.cost_analysis()["bytes accessed"]
 
     large = sorted(k for k, x in tree.items() if x.size > pieces.SMALL)
+    parts = [pieces.Bundle([x], ()) for _, x in sorted(tree.items())]
+    assert [len(group) for group in pieces.in_turn(parts)] == [7, 4, 1, 1, 5, 5, 3, 1]
     first, last = tree[large[0]].nbytes, sum(tree[name].nbytes for name in large)
     # Itself three times, and three that are in its group.
     assert bytes_for(large[0]) < 7 * first

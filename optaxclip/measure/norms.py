@@ -202,9 +202,10 @@ def _of_leaves(
         plan = groups(grads)
         each = zip(*own, strict=True) if own else [()] * len(plan)
         found: list[jax.Array] = []
-        last = None  # else all that are added up in float64 would be read before any is clipped
+        last = None
         for (_, parts, axes), mine in zip(plan, each, strict=True):
             found.append(root(pieces.power_sums(parts, axes, ord, fun, mine, after=last), ord))
+            # Else all that are added up in float64 would be read before any is clipped.
             last = pieces.awaited(found[-1], parts)
         found = of_one_dtype(found)
         if counts is None:
