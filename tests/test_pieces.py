@@ -344,7 +344,7 @@ def test_large_leaves_in_rows(scale, p, vmapped):
 
 
 def large_and_small(dtype=jnp.float32):
-    """Groups of four, one, and five, none of these long, with small leaves between."""
+    """Groups of four, one, five (none of these long) and three, with small leaves between."""
     sizes = {f"{i:02}": pieces.GROUP // 4 + 1000 * (i % 7) for i in range(4)}
     sizes |= {"04": pieces.GROUP + 8, "05": pieces.GROUP}
     sizes |= {f"{i:02}": pieces.GROUP // 5 + 1000 * (i % 7 + 1) for i in range(6, 16)}
