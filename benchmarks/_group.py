@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import itertools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +45,7 @@ class How(NamedTuple):
     peers: bool
     eager: bool
     profile: Path | None
+    beside: Path | None
 
 
 class Times(NamedTuple):
@@ -68,28 +70,27 @@ def run_group(group: Group, candidates: list[Candidate], how: How, tick: Tick) -
       A row for each candidate; for one that cannot run, with the error.
     """
     mesh = mesh_of(group.devices)
-    speed = bandwidth(min(count(group.shapes), MOST_COPIED), mesh)
-    world = World(group.shapes, group.dtype, group.optimizer, mesh)
-    jobs, rows = prepare(world, candidates, tick)
-    others: list[Any] = []
-    if how.peers:
-        try:
-            others = torch_jobs(group.shapes, group.dtype, group.optimizer)
-        except Exception as error:  # noqa: BLE001 - whatever stops a peer is what its row says
-            rows[TORCH_CLIP] = {"error": sentence(error)}
-    lower, compile_ = compiled_again(jobs, how.compiles)
-    steps = interleaved([*jobs, *others], how.rounds, how.seconds, tick)
-    # Not on a CPU that is several devices: eager operations start at once, and wait for ever.
-    called = [job for job in jobs if job.candidate.make and how.eager and not world.pretended]
-    calls = [Eager(job) for job in called]
-    eager = interleaved(calls, max(3, how.rounds // 3), EAGER_SECONDS, tick)
+    with turn(how.beside, alone=False):
+        world = World(group.shapes, group.dtype, group.optimizer, mesh)
+        jobs, rows = prepare(world, candidates, tick)
+        others = peers(group, rows) if how.peers else []
+        lower, compile_ = compiled_again(jobs, how.compiles)
+    with turn(how.beside, alone=True):
+        speed = bandwidth(min(count(group.shapes), MOST_COPIED), mesh)
+        steps = interleaved([*jobs, *others], how.rounds, how.seconds, tick)
+        # Not on a CPU that is several devices: eager operations start at once, and wait for ever.
+        called = [job for job in jobs if job.candidate.make and how.eager and not world.pretended]
+        calls = [Eager(job) for job in called]
+        eager = interleaved(calls, max(3, how.rounds // 3), EAGER_SECONDS, tick)
+        if how.profile:
+            trace(jobs, how.profile / f"{group.tree}-{group.optimizer}-{group.dtype}")
     times = Times(steps, eager, lower, compile_)
-    if how.profile:
-        trace(jobs, how.profile / f"{group.tree}-{group.optimizer}-{group.dtype}")
     by_name = {job.name: job for job in jobs}
     for job in jobs:
         rows[job.name] = own_row(job, by_name[BARE.name], times, speed)
         rows[job.name] |= compared(job, by_name, times)
+        if how.beside:  # others compiled meanwhile
+            rows[job.name].pop("compile_added_over_optax", None)
     for job in others:
         rows[job.name] = step_row(steps[job.name], steps[TORCH_BARE])
     common = shared(group, steps, speed)
@@ -135,6 +136,32 @@ def prepare(
             failed[candidate.name] = {"error": sentence(error)}
             world.restart()
     return jobs, failed
+
+
+def peers(group: Group, rows: dict[str, Row]) -> list[Any]:
+    """The steps of PyTorch; or none, and in its row the error."""
+    try:
+        return torch_jobs(group.shapes, group.dtype, group.optimizer)
+    except Exception as error:  # noqa: BLE001 - whatever stops a peer is what its row says
+        rows[TORCH_CLIP] = {"error": sentence(error)}
+        return []
+
+
+@contextlib.contextmanager
+def turn(file: Path | None, *, alone: bool) -> Iterator[None]:
+    """Waits until no other run with this file is alone, or, to be alone, until none is in a turn.
+
+    Compiling is most of a run where a device is fast, and takes one core of many; what is timed
+    has the whole machine.
+    """
+    if file is None:
+        yield
+        return
+    import fcntl  # noqa: PLC0415 - Windows has none
+
+    with file.open("a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
 
 
 def compiled_again(jobs: list[Job], compiles: int) -> tuple[dict[str, float], dict[str, float]]:
@@ -217,7 +244,9 @@ def noise(steps: dict[str, list[float]]) -> float:
 
 def trace(jobs: list[Job], folder: Path) -> None:
     """Writes a profiler trace in which every candidate's steps have its name."""
-    with jax.profiler.trace(str(folder)):
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # Python's own calls are most of what it would write
+    with jax.profiler.trace(str(folder), profiler_options=options):
         for job, _ in itertools.product(jobs, range(PROFILED)):
             with jax.profiler.TraceAnnotation(job.name):
                 job.sample(1)

@@ -19,6 +19,7 @@ Shapes = dict[str, tuple[int, ...]]
 Tree = dict[str, jax.Array]
 
 WIDEST = 2**17
+DRAWN = 2**22  # entries
 
 
 def gpt2(width: int) -> Shapes:
@@ -95,12 +96,16 @@ def many(leaves: int, size: int) -> Shapes:
 
 
 def draw(shapes: Shapes, dtype: str, scale: float, seed: int, mesh: Mesh | None) -> Tree:
-    """Normal numbers times `scale`, on the first device, or split over the axis of a mesh."""
+    """Normal numbers times `scale`, on the first device, or split over the axis of a mesh.
+
+    Leaves of more than `DRAWN` entries repeat them, as a billion takes half a minute to draw.
+    """
     random = np.random.default_rng(seed)
 
     def leaf(shape: tuple[int, ...]) -> jax.Array:
-        numbers = np.float32(scale) * random.standard_normal(shape, np.float32)
-        return jax.device_put(numbers.astype(jnp.dtype(dtype)), place(shape, mesh))
+        drawn = random.standard_normal(min(math.prod(shape), DRAWN), np.float32)
+        numbers = (np.float32(scale) * drawn).astype(jnp.dtype(dtype))
+        return jax.device_put(np.resize(numbers, shape), place(shape, mesh))
 
     return {name: leaf(shape) for name, shape in shapes.items()}
 

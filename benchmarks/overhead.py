@@ -32,7 +32,7 @@ import _plot  # noqa: E402
 import _report  # noqa: E402
 import _results  # noqa: E402
 from _candidates import OPTIMIZERS, select  # noqa: E402
-from _group import Group, How, run_group  # noqa: E402
+from _group import Group, How, run_group, turn  # noqa: E402
 from _measure import WARMUP  # noqa: E402
 from _trees import TREES, shapes_of  # noqa: E402
 
@@ -59,6 +59,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--no-eager", action="store_true", help="no calls outside jit, which compile all anew")
     add("--json", type=Path, help="write all numbers to this file")
     add("--plot", type=Path, help="draw the step times into this PNG file")
+    add("--beside", type=Path, help="a file that runs share: all compile at once, and time in turn")
     add("--profile", type=Path, help="write a profiler trace of three steps of each candidate")
     add("--save", action="store_true", help="merge the numbers into the results of this device")
     add("--results", type=Path, default=ROOT / "benchmarks/results", help="where they are kept")
@@ -136,7 +137,10 @@ def main() -> None:
     jax.config.update("jax_enable_compilation_cache", False)  # noqa: FBT003 - it is JAX's own
     device = _results.device(args.devices)
     print(_results.line(device))
-    how = How(args.rounds, args.seconds, args.compiles, args.peers, not args.no_eager, args.profile)
+    how = How(
+        args.rounds, args.seconds, args.compiles, args.peers, not args.no_eager, args.profile,
+        args.beside,
+    )  # fmt: skip
     work = [(g, select(args.variants, g.optimizer, peers=args.peers)) for g in groups_of(args)]
     ticks = sum(len(c) + how.rounds + max(3, how.rounds // 3) + 2 * WARMUP for _, c in work)
     rows = []
@@ -149,7 +153,8 @@ def main() -> None:
     if args.json:
         _results.write(args.json, results)
     if args.save:
-        print("saved:", _results.merge(args.results, results))
+        with turn(args.beside, alone=True):
+            print("saved:", _results.merge(args.results, results))
     if args.plot and (reason := _plot.draw(rows, _results.line(device), args.plot)):
         print(reason)
 
