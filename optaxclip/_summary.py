@@ -12,12 +12,12 @@ import optax
 
 from . import _device
 from ._entries import Entries, bounded_norms, read_once
-from ._numbers import end_to_end, maxima_and_counts, widen
+from ._numbers import end_to_end, maxima_and_counts
 from .measure import shards
 from .record import Metrics
 
 SMALL = 2**12  # norms of a leaf that are packed with others, as of its units
-FEW = 2**10  # entries of a leaf that are, on a GPU
+SEVERAL = 2  # arrays, whose maxima take a GPU more kernels apart than laid end to end
 
 
 class Groups(NamedTuple):
@@ -54,6 +54,8 @@ def observe(before: Metrics, groups: Sequence[Groups | Entries]) -> Metrics:
     parts = [_summary(g) for g in _packed(groups)]
     nothing = _Summary(*(jnp.full((), x, jnp.float32) for x in (0, 0, jnp.inf, 1, 0, 0)))
     each = _Summary(*map(end_to_end, zip(*(parts or [nothing]), strict=True)))
+    if _device.on_gpu() and len(parts) > SEVERAL:  # or XLA would reduce each part by itself
+        each = jax.lax.optimization_barrier(each)
     count, bad = jnp.sum(each.clipped), jnp.sum(each.bad)
     size = max(sum(g.norm.size * shards.count(shards.varying(g.norm)) for g in groups), 1)
     kept = lambda old, new: in_place(old, new, before.steps)
@@ -97,7 +99,7 @@ def _packed(groups: Sequence[Groups | Entries]) -> list[Groups | list[Entries]]:
         own = g if isinstance(g, Groups) else Groups.of(g)
         few = isinstance(g, Groups) and _is_one(g.norm) and g.norm.size <= SMALL
         (small if few else found).append(own)
-    return [*found, *_together(small), *_read_together(once)]
+    return [*found, *_together(small), *([once] if once else [])]
 
 
 def _is_one(norm: jax.Array) -> bool:
@@ -120,22 +122,9 @@ def _together(small: list[Groups]) -> list[Groups]:
     return [Groups(*map(packed, Groups._fields))]
 
 
-def _read_together(once: list[Entries]) -> list[list[Entries]]:
-    """All of them on a CPU; on a GPU, where each kernel takes time to start, the small ones."""
-    if not _device.on_gpu():
-        return [once] if once else []
-    small = [g for g in once if g.grad.size <= FEW]
-    if len(small) < 2:
-        return [[g] for g in once]
-    leaf = jax.lax.optimization_barrier(end_to_end([widen(g.grad) for g in small]))
-    return [[small[0]._replace(grad=leaf)], *([g] for g in once if g.grad.size > FEW)]
-
-
 def _summary(g: Groups | list[Entries]) -> _Summary:
     if isinstance(g, list):
-        norm, clipped_norm, factor, clipped, bad = read_once(g)
-        limit = jnp.broadcast_to(g[0].limit[(0,) * g[0].limit.ndim], norm.shape)
-        return _Summary(norm, clipped_norm, limit, factor, clipped, bad)
+        return _Summary(*read_once(g))
     alike = lambda x: jnp.broadcast_to(x.astype(g.norm.dtype), g.norm.shape)
     # The smallest factor is that of the largest of these.
     order = -alike(g.factor) if g.excess is None else g.excess

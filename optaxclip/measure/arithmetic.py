@@ -201,7 +201,23 @@ def _pth_root(total: jax.Array, ord: float) -> jax.Array:
 
 def root(total: jax.Array, ord: float) -> jax.Array:
     """The norm, of the power sum."""
-    return where_positive(jnp.sqrt, total) if ord == EUCLIDEAN else total
+    return _square_root(total) if ord == EUCLIDEAN else total
+
+
+@jax.custom_jvp
+def _square_root(total: jax.Array) -> jax.Array:
+    """As `where_positive(jnp.sqrt, total)`, without selections.
+
+    With them, XLA writes sums of units out on a GPU, and roots again.
+    """
+    return jnp.sqrt(total)
+
+
+@_square_root.defjvp
+def _square_root_jvp(
+    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    return jax.jvp(functools.partial(where_positive, jnp.sqrt), primals, tangents)
 
 
 def squared(x: jax.Array) -> jax.Array:

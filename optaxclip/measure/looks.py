@@ -142,12 +142,20 @@ def _in_float64(measure: Measure, grads: Tree, params: Tree) -> Tree:
     return _with_derivative(_of_float64(norms), plain)(grads, params)
 
 
+MANY = 2**16  # norms of a leaf, whose bytes take longer than a kernel takes to start
+
+
 def _of_float64(norms: Norms) -> Norms:
     """Norms as float32, whether or not the program has float64 enabled, which they are made of."""
 
     def found(grads: Tree, params: Tree) -> Tree:
         with jax.enable_x64(True):  # noqa: FBT003 - it is JAX's own
-            return jax.tree.map(lambda norm: norm.astype(jnp.float32), norms(grads, params))
+            return jax.tree.map(narrowed, norms(grads, params))
+
+    def narrowed(norm: jax.Array) -> jax.Array:
+        narrow = norm.astype(jnp.float32)
+        # What follows reads float32 then: XLA would write float64, and read it for each use.
+        return jax.lax.optimization_barrier(narrow) if norm.size >= MANY else narrow
 
     return found
 

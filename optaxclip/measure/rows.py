@@ -9,7 +9,7 @@ while FEW was 2**13, the latter with three sums in float32.)
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def total(parts: list[Bundle]) -> jax.Array:
     if not here:
         return of_rest
     others = [of_rest.reshape(1)] if rest else []
-    return jnp.sum(_joined([*map(_rows, bundles.together(here)), *others]))
+    return jnp.sum(joined(of_one_dtype([*map(_rows, bundles.together(here)), *others])))
 
 
 def sums_of_leaves(parts: list[Bundle], ord: float) -> jax.Array:
@@ -54,7 +54,8 @@ def sums_of_leaves(parts: list[Bundle], ord: float) -> jax.Array:
     found = [jnp.sum(jnp.stack([_rows(parts[i]) for i in group]), 1) for group in groups.values()]
     others = [bundles.sums([parts[i] for i in rest], ord)] if rest else []
     order = np.argsort([*here, *rest])
-    return _joined([*found, *others]).at[order].get(unique_indices=True, mode="promise_in_bounds")
+    each = joined(of_one_dtype([*found, *others]))
+    return each.at[order].get(unique_indices=True, mode="promise_in_bounds")
 
 
 def _rows(part: Bundle) -> jax.Array:
@@ -65,6 +66,6 @@ def _rows(part: Bundle) -> jax.Array:
     return squares.reshape(-1)
 
 
-def _joined(vectors: list[jax.Array]) -> jax.Array:
-    # The barrier keeps apart what would be one kernel after the other within one.
-    return jax.lax.optimization_barrier(end_to_end(of_one_dtype(vectors)))
+def joined(vectors: Sequence[jax.Array]) -> jax.Array:
+    """Vectors end to end, as one array: XLA would reduce each of them by itself."""
+    return jax.lax.optimization_barrier(end_to_end(vectors))
