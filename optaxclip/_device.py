@@ -11,7 +11,7 @@ import math
 
 import jax
 
-ROW = 256  # entries, so that a kernel that adds up rows is busy
+ROW = 128  # entries, so that a kernel that adds up rows is busy
 
 
 def on_gpu() -> bool:

@@ -19,7 +19,7 @@ from optaxclip import _device
 from optaxclip._numbers import end_to_end, of_one_dtype
 
 from . import bundles
-from .arithmetic import EUCLIDEAN, squares_of
+from .arithmetic import EUCLIDEAN, squared, squares_of
 from .bundles import Bundle
 
 FEW = 2**10  # entries that are laid beside others as they are, in float64: bytes that are written
@@ -37,8 +37,12 @@ def total(parts: list[Bundle]) -> jax.Array:
     of_rest = jnp.sum(bundles.sums(bundles.together(rest), EUCLIDEAN))
     if not here:
         return of_rest
-    others = [of_rest.reshape(1)] if rest else []
-    return jnp.sum(joined(of_one_dtype([*map(_rows, bundles.together(here)), *others])))
+    few = [part.leaves[0] for part in here if _are_few(part)]
+    large = bundles.together([part for part in here if not _are_few(part)])
+    found = [_rows(part.leaves) for part in large]
+    found += [jnp.sum(squared(joined(of_one_dtype(few)))).reshape(1)] if few else []
+    found += [of_rest.reshape(1)] if rest else []
+    return jnp.sum(joined(of_one_dtype(found)))
 
 
 def sums_of_leaves(parts: list[Bundle], ord: float) -> jax.Array:
@@ -51,21 +55,39 @@ def sums_of_leaves(parts: list[Bundle], ord: float) -> jax.Array:
         return bundles.sums(parts, ord)
     here = [i for group in groups.values() for i in group]
     rest = sorted({*range(len(parts))} - {*here})
-    found = [jnp.sum(jnp.stack([_rows(parts[i]) for i in group]), 1) for group in groups.values()]
-    others = [bundles.sums([parts[i] for i in rest], ord)] if rest else []
+    found = [_sums([parts[i] for i in group]) for group in groups.values()]
+    found += [bundles.sums([parts[i] for i in rest], ord)] if rest else []
     order = np.argsort([*here, *rest])
-    each = joined(of_one_dtype([*found, *others]))
+    each = joined(of_one_dtype(found))
     return each.at[order].get(unique_indices=True, mode="promise_in_bounds")
 
 
-def _rows(part: Bundle) -> jax.Array:
-    """Numbers whose sum is that of the squares, as a vector."""
-    squares = squares_of(part.leaves)
+def _sums(alike: list[Bundle]) -> jax.Array:
+    """The sum of the squares of each of some leaves of one shape."""
+    if _are_few(alike[0]):
+        whole = joined([part.leaves[0] for part in alike])
+        return jnp.sum(squared(whole).reshape(len(alike), -1), 1)
+    return jnp.sum(jnp.stack([_rows(part.leaves) for part in alike]), 1)
+
+
+def _are_few(part: Bundle) -> bool:
+    """Whether the entries of a leaf are laid beside others as they are.
+
+    Squared where they lie: as a part of what lays them down, the squares of 450 leaves took 5.3 s
+    to compile in place of 0.7.
+    """
+    leaf = part.leaves[0]
+    return leaf.size <= FEW and not jnp.iscomplexobj(leaf)
+
+
+def _rows(leaves: Sequence[jax.Array]) -> jax.Array:
+    """Numbers whose sum is that of the squares of leaves of one shape, as a vector."""
+    squares = squares_of(leaves)
     if squares.size > FEW:
         squares = jnp.sum(squares, _device.row_axes(squares.shape))
     return squares.reshape(-1)
 
 
-def joined(vectors: Sequence[jax.Array]) -> jax.Array:
-    """Vectors end to end, as one array: XLA would reduce each of them by itself."""
-    return jax.lax.optimization_barrier(end_to_end(vectors))
+def joined(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Arrays end to end, as one vector: XLA would reduce each of them by itself."""
+    return jax.lax.optimization_barrier(end_to_end(arrays))
