@@ -159,8 +159,10 @@ def _extremes(leaves: list[jax.Array], limit: jax.Array) -> tuple[jax.Array, ...
 
     if _device.on_gpu():  # reads once for all
         each = [_rows(leaf, allowed) for leaf in _laid_together(leaves)]
-        most, least, count, bad = map(rows.joined, zip(*each, strict=True))
-        most, least, count, bad = jnp.max(most), jnp.max(least), jnp.sum(count), jnp.sum(bad)
+        most, least, above, bad = map(rows.joined, zip(*each, strict=True))
+        # All may be more than int32 can count.
+        count, bad = (jnp.sum(x.astype(jnp.float32)) for x in (above - bad, bad))
+        most, least = jnp.max(most), jnp.max(least)
     else:
         most, count = of(of_all)
         # Of the leaves, as what else it took would be an array in memory.
@@ -179,13 +181,10 @@ def _laid_together(leaves: list[jax.Array]) -> list[jax.Array]:
 
 
 def _rows(leaf: jax.Array, allowed: jax.Array) -> list[jax.Array]:
-    """What `_extremes` returns, of every row of a leaf, sizes as integers."""
+    """Of every row: the largest size, the largest finite one, how many are above, how many bad."""
     bits = _bits(jnp.abs(widen(leaf)))
     masks = [bits > allowed, bits >= BAD]
-    found = maxima_and_counts([bits, _within(bits)], masks, _device.row_axes(leaf.shape))
-    most, least, above, bad = map(jnp.ravel, found)
-    # All may be more than int32 can count.
-    return [most, least, (above - bad).astype(jnp.float32), bad.astype(jnp.float32)]
+    return maxima_and_counts([bits, _within(bits)], masks, _device.row_axes(leaf.shape))
 
 
 @_extremes.defjvp

@@ -18,7 +18,7 @@ AxisRule = int | Axes | Callable[[str, jax.Array], int | Axes | None] | None
 
 
 class Packing(NamedTuple):
-    """How one CPU measures many leaves, with few loops to compile: norms are few arrays.
+    """How one device measures many leaves, with few loops to compile: norms are few arrays.
 
     Leaves may be laid together first, so what is to be done to their entries is done after that.
     """
@@ -29,6 +29,7 @@ class Packing(NamedTuple):
     unpacked: Callable[[Any, Tree], Tree]  # norms, grads -> norms as the measure has them
     spread: Callable[[Any, Tree], Tree]  # as that of the measure, of what is packed
     suits: Callable[[Tree, Tree], bool] = lambda grads, params: True
+    suits_gpu: Callable[[Tree], bool] = lambda grads: False
     wide: bool = False  # its sums are of whole leaves, and may be of float64
 
 
@@ -74,6 +75,11 @@ def resolve(rule: AxisRule, path: str, leaf: jax.Array) -> Axes | None:
         message = f"axis {chosen} is out of range for, or twice in, leaf {path!r} of {leaf.shape}"
         raise ValueError(message)
     return counted
+
+
+def kept(leaf: jax.Array, axes: Axes) -> list[int]:
+    """The shape of what is left of a leaf that is reduced over axes, which stay with size 1."""
+    return [1 if a in axes else n for a, n in enumerate(leaf.shape)]
 
 
 def like_leaves(factors: list[jax.Array], grads: Tree) -> Tree:

@@ -55,11 +55,12 @@ class Measured(NamedTuple):
 def packed_in_range(measure: Measure, grads: Tree, params: Tree) -> Measured:
     """The norms of `in_range`, packed if the measure has a packing and it is in place."""
     packing = packing_of(measure)
-    here = pieces.are_here((grads, params))
-    if packing is None or not here or not packing.suits(grads, params):
+    if packing is None or not _is_packed(packing, grads, params):
         return Measured.as_is(measure, _unpacked_in_range(measure, grads, params), grads)
     if not measure.sums:
         norms = packing.norms(grads, params, lambda g: g)
+    elif _device.on_gpu() and not has_float64(grads):
+        norms = _packed_on_gpu(packing, grads, params)
     elif packing.wide and is_fast_in_float64(grads):
         norms = _packed_in_float64(packing, grads, params)
     else:
@@ -69,6 +70,23 @@ def packed_in_range(measure: Measure, grads: Tree, params: Tree) -> Measured:
         lambda norms: packing.unpacked(norms, grads),
         lambda factors: packing.spread(factors, grads),
     )
+
+
+def _is_packed(packing: Packing, grads: Tree, params: Tree) -> bool:
+    if not packing.suits(grads, params):
+        return False
+    if _device.on_gpu():
+        one_place = all(map(shards.is_in_one_place, jax.tree.leaves((grads, params))))
+        return one_place and packing.suits_gpu(grads)
+    return pieces.are_here((grads, params))
+
+
+def _packed_on_gpu(packing: Packing, grads: Tree, params: Tree) -> Tree:
+    """As `_in_float64`, packed."""
+    widened = functools.partial(_widened, wide=True)
+    wide = _of_float64(lambda grads, params: packing.norms(grads, params, widened))
+    plain = functools.partial(_packed_and_looked_at_again, packing, cond=_both)
+    return _with_derivative(wide, plain)(grads, params)
 
 
 def _packed_in_float64(packing: Packing, grads: Tree, params: Tree) -> Tree:

@@ -26,7 +26,7 @@ from optaxclip._numbers import apart, end_to_end, of_one_dtype, opaque
 
 from . import bundles
 from .arithmetic import EUCLIDEAN, added, joined, power_sum, square_sum
-from .base import Axes, Fun
+from .base import Axes, Fun, kept
 from .bundles import SMALL, Bundle
 from .shards import in_a_stack, is_in_one_place
 
@@ -145,11 +145,6 @@ def runs(parts: Sequence[Bundle], axes: Sequence[Axes]) -> list[Sequence[int]]:
 def order(parts: Sequence[Bundle], axes: Sequence[Axes]) -> list[int]:
     """The places of the leaves in the order in which they are measured."""
     return [i for run in runs(parts, axes) for i in run]
-
-
-def kept(leaf: jax.Array, axes: Axes) -> list[int]:
-    """The shape of what is left of a leaf that is reduced over axes, which stay with size 1."""
-    return [1 if a in axes else n for a, n in enumerate(leaf.shape)]
 
 
 def _beside(leaves: list[jax.Array], axes: Axes, found: list[jax.Array]) -> tuple[jax.Array, Axes]:

@@ -9,6 +9,7 @@ while FEW was 2**13, the latter with three sums in float32.)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 
 import jax
@@ -16,12 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from optaxclip import _device
-from optaxclip._numbers import end_to_end, of_one_dtype
+from optaxclip._numbers import apart, end_to_end, of_one_dtype
 
 from . import bundles
-from .arithmetic import EUCLIDEAN, squared, squares_of
+from .arithmetic import EUCLIDEAN, power_sum, squared, squares_of
+from .base import Axes, Fun, kept
 from .bundles import Bundle
+from .shards import in_a_stack
 
+UNIT = 64  # entries that are read where a norm is written and read again
 FEW = 2**10  # entries that are laid beside others as they are, in float64: bytes that are written
 
 
@@ -68,6 +72,50 @@ def _sums(alike: list[Bundle]) -> jax.Array:
         whole = joined([part.leaves[0] for part in alike])
         return jnp.sum(squared(whole).reshape(len(alike), -1), 1)
     return jnp.sum(jnp.stack([_rows(part.leaves) for part in alike]), 1)
+
+
+def order(parts: Sequence[Bundle], axes: Sequence[Axes]) -> list[int]:
+    """The places of leaves in the order of `power_sums`: first those of many units."""
+    return sorted(range(len(parts)), key=lambda i: _is_whole(parts[i], axes[i]))
+
+
+def power_sums(
+    parts: Sequence[Bundle],
+    axes: Sequence[Axes],
+    ord: float,
+    fun: Fun,
+    own: Sequence[jax.Array],
+) -> jax.Array:
+    """The power sums of fun(leaf, *its own) over its axes, all behind each other.
+
+    As :func:`.pieces.power_sums`, but leaf by leaf as in `order`.
+    """
+    shapes = [kept(part.leaves[0], over) for part, over in zip(parts, axes, strict=True)]
+    places = order(parts, axes)
+    each = [apart(x, [math.prod(shapes[i]) for i in places]) for x in own]
+    found: list[jax.Array] = []
+    whole: list[Bundle] = []
+    for i, *mine in zip(places, *each, strict=True):
+        x = fun(parts[i].leaves[0], *(m.reshape(shapes[i]) for m in mine))
+        if _is_whole(parts[i], axes[i]):
+            whole.append(Bundle([x], ()))
+        else:
+            found.append(power_sum(x, ord, axes[i]))
+    found += [sums_of_leaves(whole, ord)] if whole else []
+    return joined(of_one_dtype(found))
+
+
+def suit(parts: Sequence[Bundle], axes: Sequence[Axes]) -> bool:
+    """Whether the units of all leaves may be one array: there are few of them for the entries."""
+    if in_a_stack() or not all(map(are_worth, parts)):
+        return False
+    leaves = [part.leaves[0] for part in parts]
+    units = sum(math.prod(kept(x, over)) for x, over in zip(leaves, axes, strict=True))
+    return 0 < units * UNIT <= sum(x.size for x in leaves)
+
+
+def _is_whole(part: Bundle, axes: Axes) -> bool:
+    return len(axes) == part.leaves[0].ndim
 
 
 def _are_few(part: Bundle) -> bool:

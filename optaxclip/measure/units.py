@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from optaxclip import _check
+from optaxclip import _check, _device
 from optaxclip._numbers import apart
 
 from . import pieces, rows
@@ -19,6 +20,7 @@ from .base import (
     Measure,
     Packing,
     Tree,
+    kept,
     like_leaves,
     packed_by,
     places,
@@ -102,12 +104,12 @@ def unit_norm(
 
     def packed(grads: Tree, params: Tree, fun: Fun, *own: jax.Array) -> jax.Array:
         del params
-        return root(pieces.power_sums(*parts(grads), ord, fun, own), ord)
+        return root(_room().power_sums(*parts(grads), ord, fun, own), ord)
 
     def unpacked(norms: jax.Array, grads: Tree) -> list[jax.Array]:
         ones, axes = parts(grads)
-        order = pieces.order(ones, axes)
-        shapes = [pieces.kept(one.leaves[0], over) for one, over in zip(ones, axes, strict=True)]
+        order = _room().order(ones, axes)
+        shapes = [kept(one.leaves[0], over) for one, over in zip(ones, axes, strict=True)]
         each = apart(norms, [math.prod(shapes[i]) for i in order])
         found = dict(zip(order, each, strict=True))
         return [found[i].reshape(shape) for i, shape in enumerate(shapes)]
@@ -115,8 +117,14 @@ def unit_norm(
     def spread(factors: jax.Array, grads: Tree) -> Tree:
         return like_leaves(unpacked(factors, grads), grads)
 
-    packed_by(norms, Packing(packed, unpacked, spread))
+    suits_gpu = lambda grads: ord in WIDE and rows.suit(*parts(grads))
+    packed_by(norms, Packing(packed, unpacked, spread, suits_gpu=suits_gpu))
     return Measure(norms, like_leaves, sums=ord != math.inf, apart=True, wide=ord in WIDE)
+
+
+def _room() -> Any:
+    """Where the leaves of one device are laid together."""
+    return rows if _device.on_gpu() else pieces
 
 
 def _unit_axes(rule: AxisRule, path: str, leaf: jax.Array) -> Axes:
