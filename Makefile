@@ -45,7 +45,8 @@ suite:
 	  tests/test_bundles.py tests/test_pieces.py tests/test_clip.py tests/test_measure.py \
 	  tests/test_record.py tests/test_cotangent.py tests/test_observe.py
 	XLA_FLAGS=$(ONE_DEVICE) OPTAXCLIP_PRETEND_GPU=1 OPTAXCLIP_TESTED=wheel $(BIN)/pytest -q -n auto \
-	  --dist worksteal tests/test_clip.py tests/test_measure.py tests/test_record.py
+	  --dist worksteal tests/test_clip.py tests/test_measure.py tests/test_record.py \
+	  tests/test_pieces.py
 
 proof: venv ## the long proofs: every variant on every mesh and in every wrapper (an hour)
 	$(BIN)/pytest -q -m proof -n auto --dist worksteal --durations=20 tests/ $(ARGS)

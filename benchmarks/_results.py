@@ -17,6 +17,7 @@ import jaxlib
 from _candidates import DROP_INS, FIXED
 from _measure import cores
 from _report import NOTHING, median
+from _torch import CLIP as TORCH_CLIP
 
 import optaxclip
 
@@ -96,7 +97,16 @@ def insert_table(folder: Path, page: Path) -> str | None:
 
 
 def markdown(results: Row) -> str:
-    """The table of one device: the trees and optimizers in columns, the variants in rows."""
+    """The tables of one device, one for each dtype, float32 first."""
+    by_dtype: dict[str, list[Row]] = {}
+    for row in results["rows"]:
+        by_dtype.setdefault(row["dtype"], []).append(row)
+    order = sorted(by_dtype, key=lambda dtype: dtype != "float32")
+    return "\n".join(table({**results, "rows": by_dtype[dtype]}) for dtype in order)
+
+
+def table(results: Row) -> str:
+    """A table of one dtype: the trees and optimizers in columns, the variants in rows."""
     groups = _report.largest(results["rows"])
     heads = [f"{tree}, {OPTIMIZER_NAMES[optimizer]}" for tree, *_, optimizer, _ in groups]
     heads = ["variant", *heads, "compile", "eager"]
@@ -108,7 +118,8 @@ def markdown(results: Row) -> str:
             eager = only(groups, name, "gpt2", lambda row: median(row.get("eager_over_optax")))
             label = f"`{name.removeprefix('optaxclip.')}`"
             lines.append(f"| {' | '.join([label, *cells, compiling, eager])} |")
-    return "\n".join(["", caption(results, groups), "", *lines, *at_speed_of_reads(groups), ""])
+    below = [*at_speed_of_reads(groups), *beside_torch(groups)]
+    return "\n".join(["", caption(results, groups), "", *lines, *below, ""])
 
 
 def caption(results: Row, groups: dict[tuple[Any, ...], dict[str, Row]]) -> str:
@@ -143,6 +154,23 @@ def at_speed_of_reads(groups: dict[tuple[Any, ...], dict[str, Row]]) -> list[str
         f"This device reads {read} GB/s (with all cores, by a BLAS), and copies in place {copy}. "
         f"Over the bare step and one more read at that speed, "
         f"`{FIXED.removeprefix('optaxclip.')}` takes {over}."
+    )
+    return ["", line]
+
+
+def beside_torch(groups: dict[tuple[Any, ...], dict[str, Row]]) -> list[str]:
+    """What the norm of the tree makes of the bare step here and in PyTorch, where that ran."""
+    ran = [m for m in groups.values() if "over_bare" in m.get(TORCH_CLIP, {}) and FIXED in m]
+    if not ran:
+        return []
+    torch, own = (
+        ", ".join(_report.number(median(m[name]["over_bare"])) for m in ran)
+        for name in (TORCH_CLIP, FIXED)
+    )
+    places = ", ".join(f"{m[FIXED]['tree']} {OPTIMIZER_NAMES[m[FIXED]['optimizer']]}" for m in ran)
+    line = (
+        f"Over its bare step with a fused optimizer, PyTorch's `clip_grad_norm_` (foreach) takes "
+        f"{torch}; `{FIXED.removeprefix('optaxclip.')}` over its own {own} ({places})."
     )
     return ["", line]
 

@@ -11,14 +11,17 @@ import pytest
 import trees
 
 import optaxclip as oc
+from optaxclip import _device, _numbers
 from optaxclip.measure import pieces
 from optaxclip.measure.looks import in_range
 
 pytestmark = pytest.mark.skipif(
     jax.device_count() > 1, reason="without a mesh: make test has one device"
 )
+cpu = pytest.mark.skipif(_device.on_gpu(), reason="a GPU's programs are written in another way")
 
 
+@cpu
 @pytest.mark.parametrize(
     ("make", "dtype"),
     [
@@ -107,6 +110,7 @@ def test_pieces_of_several_dtypes():
             assert np.isclose(norm, exact(tree | more), rtol=4 * 2.0**-24)
 
 
+@cpu
 def test_looking_again_has_few_operations():
     """Many small leaves add no loop each to the branch of the second look either."""
     tree = {str(i): jnp.ones((4, 4)) for i in range(320)}
@@ -202,17 +206,39 @@ def test_one_leaf_out_of_range_is_the_only_one(name, dtype, place, scale):
     np.testing.assert_array_equal(found[others], before[others])
 
 
+@pytest.mark.parametrize("by", [whole, units], ids=["leaf", "unit"])
+def test_each_of_many_leaves_has_its_own_factor(by):
+    """Of more leaves than a GPU clips by what lies in places that XLA knows."""
+    shapes = [(5,), (4, 3), (2, 2, 3), (1500,)] * 80
+    grads = {f"{i:03}": trees.normal(*shape, seed=i) * (1 + i) for i, shape in enumerate(shapes)}
+    params = {name: trees.normal(*x.shape, seed=999) for name, x in grads.items()}
+    tx = oc.clip_by_norm() if by is whole else oc.adaptive_grad_clip(0.5)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+
+    assert len(grads) > _numbers.MANY
+    for name, g in grads.items():
+        wide = np.asarray(g, np.float64)
+        size = lambda x: np.sqrt(np.sum(np.square(np.asarray(x, np.float64)), by(x), keepdims=True))
+        limit = 1.0 if by is whole else 0.5 * np.maximum(size(params[name]), 1e-3)
+        expected = wide * np.minimum(1, limit / size(wide))
+        np.testing.assert_allclose(updates[name], expected, rtol=1e-6, err_msg=name)
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
-def test_derivative_of_norms_that_are_taken_together(scale):
-    """It is g / ||g|| for every leaf, at any scale."""
-    tree = jax.tree.map(lambda x: x * np.float32(scale), mixed())
-    measure = oc.measure.leaf_norm()
-    slope = jax.jit(jax.grad(lambda tree: jnp.sum(in_range(measure, tree, None))))(tree)
-    for name, x in tree.items():
-        if x.size:
-            wide = np.asarray(x, np.float64)
-            expected = wide / np.linalg.norm(wide.reshape(-1))
-            np.testing.assert_allclose(slope[name], expected, rtol=1e-6, atol=1e-30)
+@pytest.mark.parametrize("name", ["leaves", "units"])
+def test_derivative_of_norms_that_are_taken_together(name, scale):
+    """It is g / ||g|| for every leaf and unit, at any scale."""
+    measure, axes, _ = MEASURES[name]
+    # Few units for their entries, which a GPU takes together.
+    shapes = [(1000,)] * 5 + [(200, 4)] * 10 + [(10, 10, 4, 3)] * 10 + [()]
+    tree = {f"{i:02}": trees.normal(*shape, seed=i) for i, shape in enumerate(shapes)}
+    tree = jax.tree.map(lambda x: x * np.float32(scale), tree)
+    total = lambda tree: sum(map(jnp.sum, jax.tree.leaves(in_range(measure, tree, None))))
+    slope = jax.jit(jax.grad(total))(tree)
+    for key, x in tree.items():
+        wide = np.asarray(x, np.float64)
+        expected = wide / np.sqrt(np.sum(np.square(wide), axes(x), keepdims=True))
+        np.testing.assert_allclose(slope[key], expected, rtol=1e-6, atol=1e-30)
 
 
 def loops(make, count):
@@ -230,6 +256,7 @@ def loops(make, count):
     return len(alike)
 
 
+@cpu
 @pytest.mark.parametrize(
     "make",
     [oc.clip_by_norm, oc.clip_by_block_rms, oc.adaptive_grad_clip, oc.clip_by_value, oc.adagc],
@@ -273,6 +300,7 @@ OWN_SUM = r"\(f64\[\d+\]\S*, s32\[\d+\]\S*\) reduce\("
 WHOLE = {"tree": oc.measure.global_norm(), "leaves": oc.measure.leaf_norm()}
 
 
+@cpu
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
 @pytest.mark.parametrize("name", WHOLE)
 def test_one_look_is_enough_for_sums_in_float64(name, dtype):
@@ -287,6 +315,7 @@ def test_one_look_is_enough_for_sums_in_float64(name, dtype):
     assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * least
 
 
+@cpu
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e30])
 def test_what_is_known_is_not_added_up_while_compiling(value):
     """Which took XLA 3 s for the gradient of a parameter of 1000 x 1000 that is not used."""
@@ -300,6 +329,7 @@ def test_what_is_known_is_not_added_up_while_compiling(value):
     assert np.isclose(compiled(jnp.full(3, value)), value * np.sqrt(90_003), rtol=2 * 2.0**-24)
 
 
+@cpu
 @pytest.mark.parametrize("make", [oc.clip_by_block_rms, oc.clip_by_average_norm])
 def test_a_norm_beyond_float32_is_not_finite_whatever_it_is_divided_by(make):
     """As on a mesh; and so its derivative is that of a zero update."""
@@ -386,6 +416,7 @@ def test_large_leaves_are_clipped_by_their_own_norms(name, dtype):
         np.testing.assert_allclose(np.asarray(updates[key], np.float64), expected, rtol=rtol)
 
 
+@cpu
 def test_a_group_of_leaves_waits_for_no_later_one():
     """What they become is known before the next group is read, and the last one is last."""
     tree = large_and_small()
@@ -446,6 +477,7 @@ def test_norms_of_leaves_of_several_dtypes_have_one(p):
     np.testing.assert_allclose(exactly(updates, whole, p), 0.5, rtol=2.0**-23)
 
 
+@cpu
 def test_what_is_exported_to_a_tpu_has_no_float64():
     """Its float64 has the range of float32: what is traced on a CPU for it has two looks."""
     grads = {"a": jnp.ones((8, 8)), "b": jnp.ones(8)}
