@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -143,6 +144,53 @@ def test_saved_rows_are_replaced_one_by_one(piece, tmp_path):
 
     dates = {row["tree"]: row["date"] for row in json.loads(path.read_text())["rows"]}
     assert dates == {"gpt2": "old", "nfnet": "new", "scanned": "new"}
+
+
+def test_a_table_for_each_dtype(piece):
+    """Of one file; and below it what the clip costs PyTorch, where that ran."""
+    results = piece("_results")
+    shared = {"tree": "gpt2", "parameters": 1, "leaves": 1, "optimizer": "sgd", "devices": 1}
+    shared |= {"date": "2000-01-02", "noise": 0.01, "read_gb_per_s": 2.0, "copy_gb_per_s": 1.0}
+    own = lambda dtype, name, over: {
+        **shared, "dtype": dtype, "candidate": name, "over_bare": {"median": over},
+        "over_optax": {"median": over}, "over_limit": over,
+    }  # fmt: skip
+    rows = [
+        own("bfloat16", "optaxclip.clip_by_global_norm", 1.25),
+        own("float32", "optaxclip.clip_by_global_norm", 1.5),
+        own("float32", "torch.clip_grad_norm_", 3.25),
+    ]
+    text = results.markdown({**results.device(1), "rows": rows})
+
+    first, second = text.split("| variant")[1:]
+    assert "1.50 · 1.50" in first
+    assert "takes 3.25; `clip_by_global_norm` over its own 1.50 (gpt2 SGD)" in first
+    assert "1.25 · 1.25" in second
+    assert "PyTorch" not in second
+    assert text.index("float32") < text.index("bfloat16")
+
+
+def test_who_is_timed_is_alone(piece, tmp_path):
+    """Runs that share a file compile at once, and none is timed before all have compiled."""
+    turn, file = piece("_group").turn, tmp_path / "turns"
+    done = []
+
+    def timed():
+        with turn(file, alone=True):
+            done.append("timed")
+
+    with turn(file, alone=False):
+        with turn(file, alone=False):
+            done.append("two compile")
+        waits = threading.Thread(target=timed)
+        waits.start()
+        waits.join(0.2)
+        done.append("compiled")
+    waits.join()
+
+    assert done == ["two compile", "compiled", "timed"]
+    with turn(None, alone=True), turn(None, alone=True):
+        pass
 
 
 def test_spectral(tmp_path):
