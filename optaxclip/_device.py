@@ -11,7 +11,7 @@ import math
 
 import jax
 
-ROW = 128  # entries, so that a kernel that adds up rows is busy
+ROW = 128  # entries, so that a kernel that adds up rows is busy; XLA takes two for 34,000
 
 
 def on_gpu() -> bool:

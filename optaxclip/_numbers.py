@@ -18,6 +18,7 @@ Tree = Any
 # What no memory learns, as it learns no inf and no 0: from here on, the square of a norm overflows
 # float32; and a share of one that is smaller is flushed to 0, above which all norms then are.
 TOO_LARGE, TOO_SMALL = 2.0**64, 2.0**-100
+MANY_PARTS = 2**8  # of a vector, of leaves that a GPU then clips in a kernel each
 
 
 def is_float(x: Any) -> bool:
@@ -135,32 +136,32 @@ def end_to_end(arrays: Sequence[jax.Array]) -> jax.Array:
     return jnp.concatenate([x if x.ndim == 1 else jnp.ravel(x) for x in arrays])
 
 
-MANY = 2**8  # parts of a vector that a GPU finds beforehand, some dozens in a kernel
+def as_one(arrays: Sequence[jax.Array]) -> jax.Array:
+    """The same, written as one array: XLA would reduce each of them by itself."""
+    return jax.lax.optimization_barrier(end_to_end(arrays))
 
 
 def apart(vector: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
     """A vector in parts of these sizes, each by itself.
 
-    From places that XLA does not know, as it compiles each loop that it can tell from the others: a
-    clip of 1200 leaves by their norms on a CPU in 22 s with slices, in 7 s so. A GPU finds many
-    parts beforehand, which a kernel does for dozens of one size (for a GPU that clip takes 47 s to
-    compile with slices, and 16 s so).
+    XLA compiles each loop that it can tell from the others, so that places it does not know are
+    faster to compile: a clip of 1200 leaves by their norms on a CPU in 7 s in place of 22, and for
+    a GPU in 16 in place of 47. A GPU finds so many parts beforehand, dozens in one kernel; it clips
+    few small leaves in one kernel, where it knows their places.
     """
     ends = np.cumsum([0, *sizes]).tolist()
-    many = _device.on_gpu() and len(sizes) >= MANY
-    if not (many or _device.on_cpu()):
-        return [vector[a:b] for a, b in itertools.pairwise(ends)]
-    one = jax.lax.optimization_barrier(jnp.uint32(1))
-    if many:
-        hidden = [one + np.uint32(at) - 1 for at in ends[:-1]]
-    else:  # the second of two numbers, as XLA:CPU writes single ones into the loops
-        places = [jnp.asarray([ends[-1], at], jnp.uint32) for at in ends[:-1]]
-        hidden = [jax.lax.dynamic_slice(place, (one,), (1,)).reshape(()) for place in places]
-    parts = [
+    of = lambda places: [
         jax.lax.dynamic_slice(vector, (at,), (size,))
-        for at, size in zip(hidden, sizes, strict=True)
+        for at, size in zip(places, sizes, strict=True)
     ]
-    return list(jax.lax.optimization_barrier(parts)) if many else parts
+    one = jax.lax.optimization_barrier(jnp.uint32(1))
+    if _device.on_cpu():
+        # The second of two numbers, as XLA writes single ones into the loops.
+        places = [jnp.asarray([ends[-1], at], jnp.uint32) for at in ends[:-1]]
+        return of([jax.lax.dynamic_slice(place, (one,), (1,)).reshape(()) for place in places])
+    if _device.on_gpu() and len(sizes) >= MANY_PARTS:
+        return list(jax.lax.optimization_barrier(of([one + np.uint32(at) - 1 for at in ends[:-1]])))
+    return [vector[a:b] for a, b in itertools.pairwise(ends)]
 
 
 def unstacked(vector: jax.Array) -> list[jax.Array]:

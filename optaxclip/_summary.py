@@ -12,7 +12,7 @@ import optax
 
 from . import _device
 from ._entries import Entries, bounded_norms, read_once
-from ._numbers import end_to_end, maxima_and_counts
+from ._numbers import as_one, end_to_end, maxima_and_counts
 from .measure import shards
 from .record import Metrics
 
@@ -53,9 +53,9 @@ def observe(before: Metrics, groups: Sequence[Groups | Entries]) -> Metrics:
     """The metrics after one more step."""
     parts = [_summary(g) for g in _packed(groups)]
     nothing = _Summary(*(jnp.full((), x, jnp.float32) for x in (0, 0, jnp.inf, 1, 0, 0)))
-    each = _Summary(*map(end_to_end, zip(*(parts or [nothing]), strict=True)))
-    if _device.on_gpu() and len(parts) > SEVERAL:  # or XLA would reduce each part by itself
-        each = jax.lax.optimization_barrier(each)
+    # Of several, a GPU would reduce each by itself.
+    join = as_one if _device.on_gpu() and len(parts) > SEVERAL else end_to_end
+    each = _Summary(*map(join, zip(*(parts or [nothing]), strict=True)))
     count, bad = jnp.sum(each.clipped), jnp.sum(each.bad)
     size = max(sum(g.norm.size * shards.count(shards.varying(g.norm)) for g in groups), 1)
     kept = lambda old, new: in_place(old, new, before.steps)
@@ -117,7 +117,7 @@ def _together(small: list[Groups]) -> list[Groups]:
             return None
         alike = [jnp.broadcast_to(x, g.norm.shape) for x, g in zip(parts, small, strict=True)]
         # Without the barrier, XLA would fuse what makes a part into the loop over all.
-        return jax.lax.optimization_barrier(end_to_end(alike))
+        return as_one(alike)
 
     return [Groups(*map(packed, Groups._fields))]
 

@@ -421,8 +421,8 @@ FAULTS = {
     ),
     "take the factor of the next leaf on a GPU": Fault(
         "_numbers.py",
-        "hidden = [one + np.uint32(at) - 1",
-        "hidden = [one + np.uint32(at)",
+        "[one + np.uint32(at) - 1 for",
+        "[one + np.uint32(at) for",
         "test_pieces.py -k many_leaves_has",
         GPU,
     ),

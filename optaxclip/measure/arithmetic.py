@@ -206,7 +206,7 @@ def root(total: jax.Array, ord: float) -> jax.Array:
 
 @jax.custom_jvp
 def _square_root(total: jax.Array) -> jax.Array:
-    """As `where_positive(jnp.sqrt, total)`, without selections.
+    """As `where_positive(jnp.sqrt, total)`, without selections: a sum is not negative, or NaN.
 
     With them, XLA writes sums of units out on a GPU, and roots again.
     """

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip import _device
-from optaxclip._numbers import has_float64, opaque, widen
+from optaxclip._numbers import has_float64, is_known, opaque, widen
 
 from . import pieces, shards
 from .arithmetic import is_fast_in_float64
@@ -27,6 +27,7 @@ LOW = 2.0**-30
 # What gradients are multiplied by where a norm is below LOW, and where it came out as inf: the one
 # brings squares of the smallest normal number, 2^-126, back into range, the other of the largest.
 LIFT, DROP = 2.0**64, 2.0**-64
+MANY_UNITS = 2**16  # of a leaf, whose bytes take longer than a kernel takes to start
 
 
 def in_range(measure: Measure, grads: Tree, params: Tree) -> Tree:
@@ -160,9 +161,6 @@ def _in_float64(measure: Measure, grads: Tree, params: Tree) -> Tree:
     return _with_derivative(_of_float64(norms), plain)(grads, params)
 
 
-MANY = 2**16  # norms of a leaf, whose bytes take longer than a kernel takes to start
-
-
 def _of_float64(norms: Norms) -> Norms:
     """Norms as float32, whether or not the program has float64 enabled, which they are made of."""
 
@@ -173,7 +171,8 @@ def _of_float64(norms: Norms) -> Norms:
     def narrowed(norm: jax.Array) -> jax.Array:
         narrow = norm.astype(jnp.float32)
         # What follows reads float32 then: XLA would write float64, and read it for each use.
-        return jax.lax.optimization_barrier(narrow) if norm.size >= MANY else narrow
+        many = is_known(norm.size) and norm.size >= MANY_UNITS
+        return jax.lax.optimization_barrier(narrow) if many else narrow
 
     return found
 

@@ -2,7 +2,8 @@
 
 There, XLA makes two kernels of the sum of a leaf, one of the sums of its rows. So rows come first,
 of large leaves; those of all leaves lie end to end, or those of leaves of one shape beside each
-other, and are added up together. On an H100, a step of SGD on GPT-2's 148 leaves is 216 kernels
+other, and are added up together. Units, where they are few, are one array as well, so that their
+limits and factors are one kernel. On an H100, a step of SGD on GPT-2's 148 leaves is 216 kernels
 with the norm of the tree, in place of 274; with that of every leaf 96 in place of 326. (Counted
 while FEW was 2**13, the latter with three sums in float32.)
 """
@@ -17,20 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from optaxclip import _device
-from optaxclip._numbers import apart, end_to_end, of_one_dtype
+from optaxclip._numbers import apart, as_one, of_one_dtype, widen
 
 from . import bundles
 from .arithmetic import EUCLIDEAN, power_sum, squared, squares_of
 from .base import Axes, Fun, kept
 from .bundles import Bundle
-from .shards import in_a_stack
+from .shards import in_a_stack, is_in_one_place
 
-UNIT = 64  # entries that are read where a norm is written and read again
-FEW = 2**10  # entries that are laid beside others as they are, in float64: bytes that are written
+UNIT = 64  # entries that there are for each norm, at least, where norms are laid together
+FEW = 2**10  # entries of a leaf that is laid beside others as it is: bytes that are written
 
 
 def are_worth(part: Bundle) -> bool:
-    """Whether rows of these leaves may lie beside those of others: all are on one device, a GPU."""
+    """Whether the rows of a leaf may lie beside those of others: it is on one device, a GPU."""
     return _device.on_gpu() and bundles.may_lie_beside(part)
 
 
@@ -44,9 +45,9 @@ def total(parts: list[Bundle]) -> jax.Array:
     few = [part.leaves[0] for part in here if _are_few(part)]
     large = bundles.together([part for part in here if not _are_few(part)])
     found = [_rows(part.leaves) for part in large]
-    found += [jnp.sum(squared(joined(of_one_dtype(few)))).reshape(1)] if few else []
+    found += [jnp.sum(squared(as_one(of_one_dtype(few)))).reshape(1)] if few else []
     found += [of_rest.reshape(1)] if rest else []
-    return jnp.sum(joined(of_one_dtype(found)))
+    return jnp.sum(as_one(of_one_dtype(found)))
 
 
 def sums_of_leaves(parts: list[Bundle], ord: float) -> jax.Array:
@@ -62,14 +63,14 @@ def sums_of_leaves(parts: list[Bundle], ord: float) -> jax.Array:
     found = [_sums([parts[i] for i in group]) for group in groups.values()]
     found += [bundles.sums([parts[i] for i in rest], ord)] if rest else []
     order = np.argsort([*here, *rest])
-    each = joined(of_one_dtype(found))
+    each = as_one(of_one_dtype(found))
     return each.at[order].get(unique_indices=True, mode="promise_in_bounds")
 
 
 def _sums(alike: list[Bundle]) -> jax.Array:
     """The sum of the squares of each of some leaves of one shape."""
     if _are_few(alike[0]):
-        whole = joined([part.leaves[0] for part in alike])
+        whole = as_one([widen(part.leaves[0]) for part in alike])
         return jnp.sum(squared(whole).reshape(len(alike), -1), 1)
     return jnp.sum(jnp.stack([_rows(part.leaves) for part in alike]), 1)
 
@@ -88,7 +89,7 @@ def power_sums(
 ) -> jax.Array:
     """The power sums of fun(leaf, *its own) over its axes, all behind each other.
 
-    As :func:`.pieces.power_sums`, but leaf by leaf as in `order`.
+    As :func:`.pieces.power_sums`, but in the order of `order`; p is 1 or 2.
     """
     shapes = [kept(part.leaves[0], over) for part, over in zip(parts, axes, strict=True)]
     places = order(parts, axes)
@@ -102,14 +103,14 @@ def power_sums(
         else:
             found.append(power_sum(x, ord, axes[i]))
     found += [sums_of_leaves(whole, ord)] if whole else []
-    return joined(of_one_dtype(found))
+    return as_one(of_one_dtype(found))
 
 
 def suit(parts: Sequence[Bundle], axes: Sequence[Axes]) -> bool:
     """Whether the units of all leaves may be one array: there are few of them for the entries."""
-    if in_a_stack() or not all(map(are_worth, parts)):
-        return False
     leaves = [part.leaves[0] for part in parts]
+    if in_a_stack() or any(part.over for part in parts) or not all(map(is_in_one_place, leaves)):
+        return False
     units = sum(math.prod(kept(x, over)) for x, over in zip(leaves, axes, strict=True))
     return 0 < units * UNIT <= sum(x.size for x in leaves)
 
@@ -134,8 +135,3 @@ def _rows(leaves: Sequence[jax.Array]) -> jax.Array:
     if squares.size > FEW:
         squares = jnp.sum(squares, _device.row_axes(squares.shape))
     return squares.reshape(-1)
-
-
-def joined(arrays: Sequence[jax.Array]) -> jax.Array:
-    """Arrays end to end, as one vector: XLA would reduce each of them by itself."""
-    return jax.lax.optimization_barrier(end_to_end(arrays))
