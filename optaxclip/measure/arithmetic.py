@@ -6,9 +6,11 @@ the largest float: see :mod:`.looks`.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import jax
@@ -28,6 +30,8 @@ EUCLIDEAN: Final[Any] = np.int64(2)
 
 # The orders whose sums may be of float64: powers of other ones are dear there.
 WIDE = (1, 2)
+
+_UNDERIVED = contextvars.ContextVar("underived", default=False)
 
 # A sum over so few entries, which lie so far apart, is one that the library XLA:CPU calls for sums
 # is slow at: 24 x (181, 724) take it 24 ms (jax 0.10.2). It takes no complex numbers, and XLA's own
@@ -199,25 +203,26 @@ def _pth_root(total: jax.Array, ord: float) -> jax.Array:
     return where_positive(lambda safe: safe ** (1 / float(ord)), total)
 
 
+@contextlib.contextmanager
+def underived() -> Iterator[None]:
+    """What is traced here has its derivative from elsewhere, and `root` need not have one at 0.
+
+    A `jax.custom_jvp` around the root would do as well, but for reverse mode through a vmapped
+    `lax.cond`, in which JAX 0.10.2 gives it zeros of the wrong shape.
+    """
+    token = _UNDERIVED.set(True)
+    try:
+        yield
+    finally:
+        _UNDERIVED.reset(token)
+
+
 def root(total: jax.Array, ord: float) -> jax.Array:
     """The norm, of the power sum."""
-    return _square_root(total) if ord == EUCLIDEAN else total
-
-
-@jax.custom_jvp
-def _square_root(total: jax.Array) -> jax.Array:
-    """As `where_positive(jnp.sqrt, total)`, without selections: a sum is not negative, or NaN.
-
-    With them, XLA writes sums of units out on a GPU, and roots again.
-    """
-    return jnp.sqrt(total)
-
-
-@_square_root.defjvp
-def _square_root_jvp(
-    primals: tuple[jax.Array], tangents: tuple[jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    return jax.jvp(functools.partial(where_positive, jnp.sqrt), primals, tangents)
+    if ord != EUCLIDEAN:
+        return total
+    # With its selections, XLA writes sums of units to memory on a GPU, and roots of them again.
+    return jnp.sqrt(total) if _UNDERIVED.get() else where_positive(jnp.sqrt, total)
 
 
 def squared(x: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ from optaxclip import _device
 from optaxclip._numbers import has_float64, is_known, opaque, widen
 
 from . import pieces, shards
-from .arithmetic import is_fast_in_float64
+from .arithmetic import is_fast_in_float64, underived
 from .base import Fun, Measure, Norms, Packing, Tree, packing_of
 
 # A norm from here on has lost nothing that float32 could hold to squares that were flushed: those
@@ -162,10 +162,13 @@ def _in_float64(measure: Measure, grads: Tree, params: Tree) -> Tree:
 
 
 def _of_float64(norms: Norms) -> Norms:
-    """Norms as float32, whether or not the program has float64 enabled, which they are made of."""
+    """Norms as float32, whether or not the program has float64 enabled, which they are made of.
+
+    Their derivative is to come from elsewhere, see `_with_derivative`.
+    """
 
     def found(grads: Tree, params: Tree) -> Tree:
-        with jax.enable_x64(True):  # noqa: FBT003 - it is JAX's own
+        with jax.enable_x64(True), underived():  # noqa: FBT003 - it is JAX's own
             return jax.tree.map(narrowed, norms(grads, params))
 
     def narrowed(norm: jax.Array) -> jax.Array:
