@@ -84,10 +84,14 @@ def _is_packed(packing: Packing, grads: Tree, params: Tree) -> bool:
 
 def _packed_on_gpu(packing: Packing, grads: Tree, params: Tree) -> Tree:
     """As `_in_float64`, packed."""
-    widened = functools.partial(_widened, wide=True)
-    wide = _of_float64(lambda grads, params: packing.norms(grads, params, widened))
     plain = functools.partial(_packed_and_looked_at_again, packing, cond=_both)
-    return _with_derivative(wide, plain)(grads, params)
+    return _with_derivative(_wide(packing), plain)(grads, params)
+
+
+def _wide(packing: Packing) -> Norms:
+    """The norms as float32, of sums in float64, without a derivative."""
+    widened = functools.partial(_widened, wide=True)
+    return _of_float64(lambda grads, params: packing.norms(grads, params, widened))
 
 
 def _packed_in_float64(packing: Packing, grads: Tree, params: Tree) -> Tree:
@@ -98,12 +102,10 @@ def _packed_in_float64(packing: Packing, grads: Tree, params: Tree) -> Tree:
     writes that out widened.
     """
     plain = functools.partial(_packed_and_looked_at_again, packing)
-    widened = functools.partial(_widened, wide=True)
-    wide = _of_float64(lambda grads, params: packing.norms(grads, params, widened))
 
     def norms(grads: Tree, params: Tree) -> Tree:
         # What is exported may run elsewhere: on a TPU, float64 has the range of float32.
-        found = jax.lax.platform_dependent(grads, params, cpu=wide, default=plain)
+        found = jax.lax.platform_dependent(grads, params, cpu=_wide(packing), default=plain)
         return jax.tree.map(lambda norm: norm if norm.ndim else opaque(norm), found)
 
     return _with_derivative(norms, functools.partial(plain, cond=_both))(grads, params)
