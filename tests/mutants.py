@@ -393,8 +393,8 @@ FAULTS = {
     ),
     "have a TPU add up in float64": Fault(
         "measure/looks.py",
-        "cpu=wide, default=plain)",
-        "cpu=wide, default=wide)",
+        "cpu=_wide(packing), default=plain)",
+        "cpu=_wide(packing), default=_wide(packing))",
         "test_pieces.py -k tpu",
         ONE_DEVICE,
     ),
