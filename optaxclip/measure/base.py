@@ -29,7 +29,7 @@ class Packing(NamedTuple):
     unpacked: Callable[[Any, Tree], Tree]  # norms, grads -> norms as the measure has them
     spread: Callable[[Any, Tree], Tree]  # as that of the measure, of what is packed
     suits: Callable[[Tree, Tree], bool] = lambda grads, params: True
-    # Whether a GPU packs it, too: what is packed takes it a kernel less, and a copy more.
+    # Whether a GPU packs it, too: fewer kernels, for norms that are written and read once more.
     suits_gpu: Callable[[Tree], bool] = lambda grads: False
     wide: bool = False  # its sums are of whole leaves, and may be of float64
 

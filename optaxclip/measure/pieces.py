@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip import _device
-from optaxclip._numbers import apart, end_to_end, of_one_dtype, opaque
+from optaxclip._numbers import apart, as_one, end_to_end, of_one_dtype, opaque
 
 from . import bundles
 from .arithmetic import EUCLIDEAN, added, joined, power_sum, square_sum
@@ -97,7 +97,7 @@ def power_sums(
             x, over = _beside([parts[i].leaves[0] for i in run], over, found)
         found.append(joined(summed(x, over, *mine), ord, parts[run[0]].over).reshape(-1))
     # As in bundles.sums.
-    return jax.lax.optimization_barrier(end_to_end(of_one_dtype(found)))
+    return as_one(of_one_dtype(found))
 
 
 def in_turn(parts: Sequence[Bundle]) -> list[list[int]]:

@@ -5,7 +5,7 @@ of large leaves; those of all leaves lie end to end, or those of leaves of one s
 other, and are added up together. Units, where they are few, are one array as well, so that their
 limits and factors are one kernel. On an H100, a step of SGD on GPT-2's 148 leaves is 216 kernels
 with the norm of the tree, in place of 274; with that of every leaf 96 in place of 326. (Counted
-while FEW was 2**13, the latter with three sums in float32.)
+while FEW was 2**13, the latter with three sums in float32; for an H200 they are 218 and 105 now.)
 """
 
 from __future__ import annotations
