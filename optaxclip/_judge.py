@@ -163,7 +163,7 @@ def _observed(
     sizes = _no_metrics()
     there = [group for group in norms if group.size.size]
     if there:
-        most = lambda arrays: jnp.max(jnp.stack(list(map(maximum, arrays))))
+        most = lambda arrays: maximum(jnp.stack(list(map(maximum, arrays))))
         largest, least = most([g.size for g in there]), -most([-g.limit for g in there])
         sizes = sizes._replace(norm=largest, limit=least)
     for group in losses:

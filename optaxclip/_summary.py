@@ -60,10 +60,10 @@ def observe(before: Metrics, groups: Sequence[Groups | Entries]) -> Metrics:
     size = max(sum(g.norm.size * shards.count(shards.varying(g.norm)) for g in groups), 1)
     kept = lambda old, new: in_place(old, new, before.steps)
     return Metrics(
-        norm=kept(before.norm, jnp.max(each.norm)),
-        clipped_norm=kept(before.clipped_norm, jnp.max(each.clipped_norm)),
-        limit=kept(before.limit, jnp.min(each.limit)),
-        factor=kept(before.factor, jnp.min(each.factor)),
+        norm=kept(before.norm, maximum(each.norm)),
+        clipped_norm=kept(before.clipped_norm, maximum(each.clipped_norm)),
+        limit=kept(before.limit, -maximum(-each.limit)),
+        factor=kept(before.factor, -maximum(-each.factor)),
         clipped=kept(before.clipped, count / jnp.float32(size)),
         steps=optax.safe_increment(before.steps),
         clipped_steps=increment_if(count > 0, before.clipped_steps),

@@ -12,7 +12,8 @@ import trees
 from oracles import VARIANTS, once
 
 import optaxclip as oc
-from optaxclip.record import SkipMetrics
+from optaxclip._summary import Groups, observe
+from optaxclip.record import SkipMetrics, start
 from optaxclip.skipping import skip_step
 
 ONE = pytest.mark.skipif(jax.device_count() > 1, reason="without a mesh: make test has one device")
@@ -298,6 +299,7 @@ BAD = {"nothing": [], "inf": [np.inf], "both": [-np.inf, np.nan]}
 def test_one_limit_for_all_entries_is_read_as_one_for_each(bad, limit, nonfinite, gpu, monkeypatch):
     """What is read of entries under one limit is what is found entry by entry."""
     monkeypatch.setattr(oc._device, "on_gpu", lambda: gpu)
+    monkeypatch.setattr(oc._device, "MANY", 10)  # rows are four in one
     rng = np.random.default_rng(0)
     grads = {
         "small": jnp.float32([0.5, -1.0, 1.0, 2.0, 0.0, *BAD[bad]]),
@@ -319,6 +321,33 @@ def test_one_limit_for_all_entries_is_read_as_one_for_each(bad, limit, nonfinite
     # below the normal ones for 0, or not.
     for name, x, y in zip(found._fields, found, expected, strict=True):
         np.testing.assert_allclose(x, y, 4 * 2.0**-24, 1.2e-38, err_msg=name)
+
+
+@ONE
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize(
+    ("nonfinite", "expected"),
+    [("zero", (np.inf, 0)), ("propagate", (np.inf, np.nan)), ("sanitize", (0, 0))],
+)
+def test_metrics_where_no_entry_is_finite(nonfinite, expected, gpu, monkeypatch):
+    """There is no largest finite one then."""
+    monkeypatch.setattr(oc._device, "on_gpu", lambda: gpu)
+    found = values(once(oc.clip_by_value(1.0, nonfinite=nonfinite), jnp.full(5, -np.inf))[1])
+
+    np.testing.assert_array_equal((found["norm"], found["clipped_norm"]), expected)
+    assert (found["clipped"], found["nonfinite_steps"]) == (0, 1)
+
+
+def test_nan_is_seen_in_one_of_thousands_of_arrays():
+    """Of 4096 numbers and more, the maximum that XLA:CPU finds is never NaN."""
+    with jax.enable_x64(True):  # or they would be one array
+        of = lambda x: Groups(*[jnp.float64(x)] * 4, jnp.isfinite(x))
+        good, bad = of(1.0), of(np.nan)
+        groups = [good] * 2100 + [bad] + [good] * 2100
+        found = observe(start(), groups)
+
+    assert all(np.isnan(getattr(found, name)) for name in ("norm", "clipped_norm", "limit"))
+    assert found.nonfinite_steps == 1
 
 
 def test_metrics_of_entries_under_one_limit():
