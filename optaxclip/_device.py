@@ -12,6 +12,9 @@ import math
 import jax
 
 ROW = 128  # entries, so that a kernel that adds up rows is busy; XLA takes two for 34,000
+# Rows that are reduced as one, at most, and how many of these there are then, at least: a thread
+# reads 16 entries of each before all of its block join theirs.
+TALL, MANY = 4, 2**11
 
 
 def on_gpu() -> bool:
@@ -39,3 +42,18 @@ def row_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
     while first and math.prod(shape[first:]) < ROW:
         first -= 1
     return tuple(range(first, len(shape)))
+
+
+def in_rows(x: jax.Array) -> tuple[jax.Array, tuple[int, ...]]:
+    """The entries of an array, and the axes of what is one row in a GPU's reduction of all.
+
+    Of many rows, up to `TALL` are one, as XLA has a thread read from each of them.
+    """
+    axes = row_axes(x.shape)
+    rows = math.prod(x.shape[: axes[0]]) if axes else 0
+    tall = math.gcd(TALL, *x.shape[:1])
+    while tall > 1 and rows < tall * MANY:
+        tall //= 2
+    if tall == 1:
+        return x, axes
+    return x.reshape(tall, -1, *x.shape[1:]), (0, *(a + 1 for a in axes))

@@ -133,5 +133,5 @@ def _rows(leaves: Sequence[jax.Array]) -> jax.Array:
     """Numbers whose sum is that of the squares of leaves of one shape, as a vector."""
     squares = squares_of(leaves)
     if squares.size > FEW:
-        squares = jnp.sum(squares, _device.row_axes(squares.shape))
+        squares = jnp.sum(*_device.in_rows(squares))
     return squares.reshape(-1)
