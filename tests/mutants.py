@@ -339,7 +339,7 @@ FAULTS = {
         "_entries.py",
         "jnp.maximum(jnp.max(turned), NORMAL) - NORMAL",
         "jnp.max(turned) - NORMAL",
-        "test_record.py -k entries",
+        "test_record.py -k no_entry",
         ONE_DEVICE,
     ),
     "take one limit for all where each has its own": Fault(
