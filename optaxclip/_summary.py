@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,7 +34,8 @@ class Groups(NamedTuple):
     def of(cls, entries: Entries) -> Groups:
         """Each entry as a group."""
         _, norm, finite, limit, _, nonfinite = entries
-        clipped_norm, excess = bounded_norms(norm, limit, nonfinite)
+        # Traced and lowered once for all leaves of one shape.
+        clipped_norm, excess = jax.jit(bounded_norms, static_argnums=2)(norm, limit, nonfinite)
         return cls(norm, clipped_norm, limit, None, finite, excess)
 
 
@@ -49,13 +50,18 @@ class _Summary(NamedTuple):
     bad: jax.Array  # how many had a norm that was not finite
 
 
+class _Read(NamedTuple):
+    """What of an array of groups is to be reduced."""
+
+    sizes: tuple[jax.Array, ...]  # as the norm, to their maxima
+    masks: tuple[jax.Array, ...]  # bool, to their counts
+
+
 def observe(before: Metrics, groups: Sequence[Groups | Entries]) -> Metrics:
     """The metrics after one more step."""
-    parts = [_summary(g) for g in _packed(groups)]
+    parts = _summaries(_packed(groups))
     nothing = _Summary(*(jnp.full((), x, jnp.float32) for x in (0, 0, jnp.inf, 1, 0, 0)))
-    # Of several, a GPU would reduce each by itself.
-    join = as_one if _device.on_gpu() and len(parts) > SEVERAL else end_to_end
-    each = _Summary(*map(join, zip(*(parts or [nothing]), strict=True)))
+    each = _Summary(*map(_joined, zip(*(parts or [nothing]), strict=True)))
     count, bad = jnp.sum(each.clipped), jnp.sum(each.bad)
     size = max(sum(g.norm.size * shards.count(shards.varying(g.norm)) for g in groups), 1)
     kept = lambda old, new: in_place(old, new, before.steps)
@@ -122,48 +128,76 @@ def _together(small: list[Groups]) -> list[Groups]:
     return [Groups(*map(packed, Groups._fields))]
 
 
-def _summary(g: Groups | list[Entries]) -> _Summary:
-    if isinstance(g, list):
-        return _Summary(*read_once(g))
+def _joined(arrays: Sequence[jax.Array]) -> jax.Array:
+    # Of several, a GPU would reduce each by itself.
+    join = as_one if _device.on_gpu() and len(arrays) > SEVERAL else end_to_end
+    return join(arrays)
+
+
+def _summaries(parts: Sequence[Groups | list[Entries]]) -> list[_Summary]:
+    """Of each array by itself, or of all that are read at once."""
+    found: list[_Summary] = []
+    at_once: dict[bool, list[_Read]] = {}
+    for g in parts:
+        if isinstance(g, list):
+            found.append(_Summary(*read_once(g)))
+        elif _is_one(g.norm) and g.norm.size > 1:
+            at_once.setdefault(g.factor is None, []).append(_read(g))
+        else:
+            read = _read(g)
+            most = map(maximum, read.sizes)
+            found.append(_summary(most, map(_total, read.masks), inverse=g.factor is None))
+    for inverse, reads in at_once.items():
+        found.append(_summary(*_in_one_read(*zip(*reads, strict=True)), inverse=inverse))
+    return found
+
+
+def _read(g: Groups) -> _Read:
     alike = lambda x: jnp.broadcast_to(x.astype(g.norm.dtype), g.norm.shape)
     # The smallest factor is that of the largest of these.
     order = -alike(g.factor) if g.excess is None else g.excess
     clipped = jnp.isfinite(g.norm) & (order > (-1 if g.excess is None else 1))
-    sizes = (g.norm, alike(g.clipped_norm), -alike(g.limit), order)
-    masks = (clipped, ~g.finite)
-    at_once = _is_one(g.norm) and g.norm.size > 1
-    found = _in_one_read(sizes, masks) if at_once else (*map(maximum, sizes), *map(_total, masks))
-    norm, clipped_norm, limit, last, *counts = found
-    return _Summary(norm, clipped_norm, -limit, -last if g.excess is None else 1 / last, *counts)
+    return _Read((g.norm, alike(g.clipped_norm), -alike(g.limit), order), (clipped, ~g.finite))
+
+
+def _summary(most: Iterable[jax.Array], counts: Iterable[jax.Array], *, inverse: bool) -> _Summary:
+    norm, clipped_norm, limit, order = most
+    return _Summary(norm, clipped_norm, -limit, 1 / order if inverse else -order, *counts)
 
 
 @jax.custom_jvp
 def _in_one_read(
-    sizes: tuple[jax.Array, ...], masks: tuple[jax.Array, ...]
-) -> tuple[jax.Array, ...]:
+    sizes: Sequence[tuple[jax.Array, ...]], masks: Sequence[tuple[jax.Array, ...]]
+) -> tuple[list[jax.Array], list[jax.Array]]:
     """The maximum of each of the sizes and the count of each of the masks, on one device.
 
-    All in one reduction, and of integers, which XLA:CPU may reorder and so makes fast: the metrics
-    of 10 M entries take 1.3 times as long as their sum of squares, and one after the other 20 to 35
-    times. Over the devices of a mesh, XLA would gather what it cannot add up. On a GPU, they are
-    those of each row.
+    All of an array in one reduction, and of integers, which XLA:CPU may reorder and so makes fast:
+    the metrics of 10 M entries take 1.3 times as long as their sum of squares, and one after the
+    other 20 to 35 times. Over the devices of a mesh, XLA would gather what it cannot add up. On a
+    GPU, they are those of each row. They are floats again when those of all arrays are end to end.
     """
-    found = maxima_and_counts(
-        [shards.in_order(x) for x in sizes], masks, _device.axes_first(sizes[0].shape)
-    )
-    return (
-        *map(shards.in_order, found[: len(sizes)]),
-        *(x.astype(jnp.float32) for x in found[len(sizes) :]),
-    )
+
+    @jax.jit  # traced and lowered once for all arrays of one shape
+    def read(own: Sequence[jax.Array], mine: Sequence[jax.Array]) -> list[jax.Array]:
+        return maxima_and_counts(
+            list(map(shards.in_order, own)), mine, _device.axes_first(own[0].shape)
+        )
+
+    each = [*map(_joined, zip(*map(read, sizes, masks), strict=True))]
+    most = len(sizes[0])
+    return [*map(shards.in_order, each[:most])], [x.astype(jnp.float32) for x in each[most:]]
 
 
 @_in_one_read.defjvp
-def _in_one_read_jvp(primals: Any, tangents: Any) -> tuple[tuple[jax.Array, ...], Any]:
-    value = _in_one_read(*primals)  # integers have no derivative, a plain maximum has
-    each = zip(primals[0], tangents[0], strict=True)
-    of_rows = functools.partial(jnp.max, axis=_device.axes_first(primals[0][0].shape))
-    moved = [jax.jvp(of_rows, (x,), (dx,))[1] for x, dx in each]
-    return value, (*moved, *map(jnp.zeros_like, value[len(moved) :]))
+def _in_one_read_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+    most, counts = _in_one_read(*primals)  # integers have no derivative, a plain maximum has
+
+    def moved(sizes: tuple[jax.Array, ...], dots: tuple[jax.Array, ...]) -> list[jax.Array]:
+        of_rows = functools.partial(jnp.max, axis=_device.axes_first(sizes[0].shape))
+        return [jax.jvp(of_rows, (x,), (dx,))[1] for x, dx in zip(sizes, dots, strict=True)]
+
+    each = map(_joined, zip(*map(moved, primals[0], tangents[0]), strict=True))
+    return (most, counts), ([*each], [*map(jnp.zeros_like, counts)])
 
 
 def _total(mask: jax.Array) -> jax.Array:
