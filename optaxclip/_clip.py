@@ -127,11 +127,10 @@ def clip(
         real = not any(map(jnp.iscomplexobj, jax.tree.leaves(grads)))
         bounds = measure.entries and scale is rescale and real
         leaves = jax.tree.leaves(grads)
-        limited = jax.jit(functools.partial(_limited, threshold))  # traced once per shape
         for i, (norm, ok) in enumerate(zip(norms, jax.tree.leaves(finite), strict=True)):
             # One limit for all entries is one number.
             shown = jnp.zeros((), norm.dtype) if bounds and uniform else norm
-            limit, memories[i] = limited(shown, ok, memories[i])
+            limit, memories[i] = _limited(threshold, shown, ok, memories[i])
             limits.append(limit)
             if bounds:
                 entries.append(Entries(leaves[i], norm, ok, limit, uniform, nonfinite))

@@ -12,8 +12,8 @@ import math
 import jax
 
 ROW = 128  # entries, so that a kernel that adds up rows is busy; XLA takes two for 34,000
-# Rows that are reduced as one, at most, and how many of these there are then, at least: a thread
-# reads 16 entries of each before all of its block join theirs.
+# Rows that are reduced as one, at most, as a thread reads 16 entries of each before its block joins
+# theirs; and how many of these there are then, at least: 15 for each of an H200's multiprocessors.
 TALL, MANY = 4, 2**11
 
 

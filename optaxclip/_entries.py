@@ -118,8 +118,8 @@ def bounded_norms(norm: jax.Array, limit: jax.Array, nonfinite: str) -> tuple[ja
 def read_once(ones: Sequence[Entries]) -> tuple[jax.Array, ...]:
     """The largest norm before and after, limit and factor, how many are clipped, if any is bad.
 
-    The largest entry and how many are above the limit are all there is to know of a step without
-    inf and NaN: 10 M entries take 2.1 ms, and 5.7 by the factor of each.
+    The largest entry, the largest finite one and how many are above the limit are all there is to
+    know; by the factor of each, metrics of 10 M entries took 2.7 times as long.
 
     Args:
       ones: of float32, on one device, with one limit for all.
@@ -159,8 +159,9 @@ def _extremes(leaves: list[jax.Array], limit: jax.Array) -> tuple[jax.Array, ...
 
 def _of(x: jax.Array, allowed: jax.Array, axes: Sequence[int]) -> list[jax.Array]:
     """Over axes: the largest size, the largest finite one turned, how many finite are above."""
-    # As integers, which XLA:CPU may reorder, and so makes fast. Turned, those of what is bad are
-    # below all others: of bfloat16, integer operations are what an H200 takes its time for.
+    # As integers, which XLA:CPU may reorder, and so makes fast. With NORMAL added, those of inf and
+    # NaN wrap around, below all others. In bfloat16 such operations, not memory, bound an H200: a
+    # comparison and a selection more, and four results, took it 1.14 of the limit in place of 1.08.
     bits = _bits(jnp.abs(widen(x)))
     turned = bits + NORMAL
     return maxima_and_counts([bits, turned], [turned > allowed + NORMAL], axes)

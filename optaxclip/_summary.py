@@ -34,20 +34,19 @@ class Groups(NamedTuple):
     def of(cls, entries: Entries) -> Groups:
         """Each entry as a group."""
         _, norm, finite, limit, _, nonfinite = entries
-        # Traced and lowered once for all leaves of one shape.
-        clipped_norm, excess = jax.jit(bounded_norms, static_argnums=2)(norm, limit, nonfinite)
+        clipped_norm, excess = bounded_norms(norm, limit, nonfinite)
         return cls(norm, clipped_norm, limit, None, finite, excess)
 
 
 class _Summary(NamedTuple):
-    """What the metrics need of one array of groups: float32 each, one number, or one per row."""
+    """What the metrics need of some groups: float32 each, one number or a vector of them."""
 
     norm: jax.Array  # largest
     clipped_norm: jax.Array  # largest
     limit: jax.Array  # smallest
     factor: jax.Array  # smallest
     clipped: jax.Array  # how many are
-    bad: jax.Array  # how many had a norm that was not finite
+    bad: jax.Array  # how many had a norm that was not finite, or whether any had
 
 
 class _Read(NamedTuple):
@@ -135,7 +134,7 @@ def _joined(arrays: Sequence[jax.Array]) -> jax.Array:
 
 
 def _summaries(parts: Sequence[Groups | list[Entries]]) -> list[_Summary]:
-    """Of each array by itself, or of all that are read at once."""
+    """What the metrics need: of each array, or of all together that are read at once."""
     found: list[_Summary] = []
     at_once: dict[bool, list[_Read]] = {}
     for g in parts:
@@ -208,9 +207,10 @@ def _total(mask: jax.Array) -> jax.Array:
 def maximum(x: jax.Array) -> jax.Array:
     """The maximum, as () float32; NaN if there is one, on a mesh too."""
     most = jnp.max(x)
-    # See _numbers.largest; but these may be negative.
-    bad = jnp.isnan(jnp.sum(jnp.square(x)))
-    found = jnp.where(bad, jnp.full_like(most, jnp.nan), most).astype(jnp.float32)
+    # See _numbers.largest; but these may be negative. And of more than 4096 numbers, the maximum
+    # that XLA:CPU finds is never NaN.
+    total = jnp.sum(jnp.square(x))
+    found = jnp.where(jnp.isnan(total), total, most).astype(jnp.float32)
     return shards.largest(found, shards.varying(found))
 
 

@@ -887,6 +887,17 @@ def test_a_nan_that_looks_positive_allows_nothing(bound):
     assert np.isnan(oc.metrics(state)["limit"])
 
 
+def test_a_threshold_is_asked_about_every_leaf():
+    """Of leaves that are alike, too: one of one's own may count them."""
+    limits = iter([1.0, 2.0, 3.0])
+    mine = Threshold(lambda norm: (), lambda norm, memory: (norm * 0 + next(limits), memory))
+    grads = {"a": jnp.full(3, 5.0), "b": jnp.full((2, 2), 5.0), "c": jnp.full(3, 5.0)}
+
+    updates, _ = once(oc.clip(oc.measure.element(), mine), grads)
+
+    assert [float(x.reshape(-1)[0]) for x in jax.tree.leaves(updates)] == [1, 2, 3]
+
+
 def test_a_threshold_may_begin_with_inf():
     """A memory that holds inf for what is not there yet learns."""
     latest = oc.threshold.Threshold(

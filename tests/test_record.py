@@ -350,6 +350,14 @@ def test_nan_is_seen_in_one_of_thousands_of_arrays():
     assert found.nonfinite_steps == 1
 
 
+@pytest.mark.parametrize("make", [oc.clip_by_value, oc.clip_by_norm, oc.clip_by_global_norm])
+def test_no_nan_is_made_of_clean_gradients(make):
+    """Who looks for the first NaN, step by step, does not find one of ours."""
+    with jax.debug_nans(True), jax.disable_jit():
+        _, state = once(make(1.0), {"a": jnp.ones(3)})
+    assert values(state)["nonfinite_steps"] == 0
+
+
 def test_metrics_of_entries_under_one_limit():
     """Largest entries, the smallest factor and the share that is clipped, counted by hand."""
     grads = {"a": jnp.float32([[0.5, -4.0], [2.0, np.nan]]), "b": jnp.float32([1.0, 1.5])}
