@@ -209,7 +209,7 @@ def maximum(x: jax.Array) -> jax.Array:
     most = jnp.max(x)
     # See _numbers.largest; but these may be negative. And of more than 4096 numbers, the maximum
     # that XLA:CPU finds is never NaN.
-    total = jnp.sum(jnp.square(x))
+    total = jax.lax.stop_gradient(jnp.sum(jnp.square(x)))
     found = jnp.where(jnp.isnan(total), total, most).astype(jnp.float32)
     return shards.largest(found, shards.varying(found))
 

@@ -358,6 +358,18 @@ def test_no_nan_is_made_of_clean_gradients(make):
     assert values(state)["nonfinite_steps"] == 0
 
 
+@pytest.mark.parametrize("make", [oc.clip_by_value, oc.clip_by_norm, oc.clip_by_global_norm])
+def test_a_norm_that_is_nan_does_not_move(make):
+    """Its forward derivative is 0, whatever the measure."""
+    read = lambda g: once(make(1.0), g)[1].metrics.norm
+    grads = {"a": jnp.float32([3.0, np.nan]), "b": jnp.float32([1.0])}
+
+    norm, moved = jax.jvp(read, (grads,), (jax.tree.map(jnp.ones_like, grads),))
+
+    assert np.isnan(norm)
+    assert moved == 0
+
+
 def test_metrics_of_entries_under_one_limit():
     """Largest entries, the smallest factor and the share that is clipped, counted by hand."""
     grads = {"a": jnp.float32([[0.5, -4.0], [2.0, np.nan]]), "b": jnp.float32([1.0, 1.5])}
