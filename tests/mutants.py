@@ -405,6 +405,27 @@ FAULTS = {
         "test_pieces.py -k one_look",
         ONE_DEVICE,
     ),
+    "lose the rows beyond equal parts": Fault(
+        "measure/arithmetic.py",
+        "if PARTS * length < rows.shape[0]:",
+        "if False:",
+        "test_pieces.py -k columns",
+        ONE_DEVICE,
+    ),
+    "add columns of all leaves up at once": Fault(
+        "measure/pieces.py",
+        "wait = after if last is None else last",
+        "wait = after",
+        "test_pieces.py -k share_their_memory",
+        ONE_DEVICE,
+    ),
+    "wait for a norm of a leaf without any": Fault(
+        "measure/pieces.py",
+        "if of_columns and norms.size)",
+        "if of_columns)",
+        "test_pieces.py -k columns",
+        ONE_DEVICE,
+    ),
     "mix up the leaves on a GPU": Fault(
         "measure/rows.py",
         "order = np.argsort([*here, *rest])",

@@ -322,6 +322,62 @@ def test_runs_are_of_leaves_that_are_alike():
 # What XLA:CPU has a loop of its own for, see _sums_of_rows.
 OWN_SUM = r"\(f64\[\d+\]\S*, s32\[\d+\]\S*\) reduce\("
 
+
+COLUMNS = {  # some with rows beyond eight equal parts, of which a few make columns again
+    (33, 1000): 0,
+    (40, 30000): 0,
+    (47, 17000): 0,
+    (16391, 2): 0,
+    (770, 51): None,
+    (33, 2, 500): 0,
+    (3, 3, 40, 91): None,
+    (200, 0): 0,
+    (7, 20, 300): (0, 1),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+def test_columns_of_large_leaves_are_added_up_part_by_part(dtype, scale):
+    """Right at any scale, each column with every entry, and its derivative g / ||g||."""
+    tree = [(scale * trees.normal(*shape, seed=1)).astype(dtype) for shape in COLUMNS]
+    measure = oc.measure.unit_norm(lambda path, leaf: COLUMNS[leaf.shape])
+    found = jax.jit(functools.partial(in_range, measure, params=None))(tree)
+    total = lambda tree: sum(map(jnp.sum, in_range(measure, tree, None)))
+    slopes = jax.jit(jax.grad(total))(tree)
+    for norm, x, slope, axes in zip(found, tree, slopes, COLUMNS.values(), strict=True):
+        over = tuple(range(x.ndim - 1)) if axes is None else axes
+        wide = np.asarray(x, np.float64)
+        expected = np.sqrt(np.sum(np.square(wide), over, keepdims=True))
+        np.testing.assert_allclose(norm, expected, rtol=1e-6)
+        close = 1e-6 if dtype == jnp.float32 else 2**-7  # slopes have the dtype of the leaf
+        np.testing.assert_allclose(
+            np.asarray(slope, np.float64), wide / expected, rtol=close, atol=1e-30
+        )
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("row", [0, 400, 800])
+def test_a_bad_entry_is_of_its_column_alone(bad, row):
+    """In each of the parts, and in the rows beyond them."""
+    grads = trees.normal(801, 64, seed=2).at[row, 5].set(bad)
+    (norm,) = jax.jit(functools.partial(in_range, oc.measure.unit_norm(0), params=None))(grads)
+    assert np.argwhere(~np.isfinite(np.ravel(norm))).tolist() == [[5]]
+
+
+@cpu
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_parts_of_columns_share_their_memory(dtype):
+    """There is one eighth of a leaf at a time, of gradients and parameters each."""
+    grads = {str(i): jnp.ones((300, 200 + i), dtype) for i in range(20)}
+    tx = oc.adaptive_grad_clip()
+    compiled = jax.jit(tx.update).lower(grads, tx.init(grads), grads).compile()
+
+    wide = 4 * max(x.size for x in grads.values())  # bytes in float32
+    norms = 4 * sum(x.shape[1] for x in grads.values())
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * wide / 8 + 8 * norms
+
+
 WHOLE = {"tree": oc.measure.global_norm(), "leaves": oc.measure.leaf_norm()}
 
 

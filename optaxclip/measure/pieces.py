@@ -88,14 +88,18 @@ def power_sums(
     each = zip(*(apart(x, sizes) for x in own), strict=True) if own else [()] * len(plan)
 
     @functools.partial(jax.jit, static_argnums=1)  # traced once for all leaves of one shape
-    def summed(x: jax.Array, over: Axes, *mine: jax.Array) -> jax.Array:
-        return power_sum(fun(x, *(m.reshape(kept(x, over)) for m in mine)), ord, over, after)
+    def summed(x: jax.Array, over: Axes, last: jax.Array | None, *mine: jax.Array) -> jax.Array:
+        wait = after if last is None else last
+        return power_sum(fun(x, *(m.reshape(kept(x, over)) for m in mine)), ord, over, wait)
 
     for run, mine in zip(plan, each, strict=True):
         x, over = parts[run[0]].leaves[0], axes[run[0]]
         if len(run) > 1:
             x, over = _beside([parts[i].leaves[0] for i in run], over, found)
-        found.append(joined(summed(x, over, *mine), ord, parts[run[0]].over).reshape(-1))
+        # Columns one leaf after the other, or XLA would make memory for parts of all at once.
+        of_columns = len(over) < x.ndim
+        last = next((norms[0] for norms in reversed(found) if of_columns and norms.size), None)
+        found.append(joined(summed(x, over, last, *mine), ord, parts[run[0]].over).reshape(-1))
     # As in bundles.sums.
     return as_one(of_one_dtype(found))
 
