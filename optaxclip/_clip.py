@@ -12,7 +12,7 @@ import optax
 
 from . import _check
 from ._entries import Entries, bounded
-from ._numbers import TOO_LARGE, TOO_SMALL, is_bad, part, sanitized, where, widen
+from ._numbers import TOO_LARGE, TOO_SMALL, is_bad, narrowed, part, sanitized, where, widen
 from ._place import abstract_norms, beside
 from ._summary import Groups, observe
 from .measure import Measure
@@ -203,7 +203,8 @@ def _measured(measure: Measure, grads: Tree, params: Tree, nonfinite: str) -> tu
     found = packed_in_range(measure, grads, params)
     finite = jax.tree.map(jnp.isfinite, found.norms)
     if nonfinite == "sanitize":
-        clean = jax.tree.map(sanitized, grads)
+        # XLA would write to memory what is clean, for all its uses; and widen it, for the library.
+        clean = jax.tree.map(lambda g: sanitized(widen(g)), behind_a_barrier(grads))
         found = found._replace(norms=packed_in_range(measure, clean, params).norms)
     return found, finite
 
@@ -262,7 +263,8 @@ def _scaled(
 
 
 def _multiplied(grads: Tree, factors: Tree, counts: Tree, scale: Scale, nonfinite: str) -> Tree:
-    cast = getattr(scale, "cast", lambda x, dtype: x.astype(dtype))
+    plain = jax.lax.convert_element_type if nonfinite == "propagate" else narrowed
+    cast = getattr(scale, "cast", plain)
 
     @jax.jit  # traced and lowered once for all leaves of one shape
     def multiplied(

@@ -192,6 +192,34 @@ def to_float(bits: jax.Array, dtype: Any) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, dtype)
 
 
+def narrowed(x: jax.Array, dtype: Any) -> jax.Array:
+    """Numbers, of which none is NaN, in a dtype that may be narrower, rounded to the nearest.
+
+    XLA:CPU casts to bfloat16 once, and writes that to memory if it is used twice, as by Adam. What
+    is rounded by bits is worked out for each use: a step with Adam and `clip_by_global_norm`, of
+    10 M entries, needs no memory in place of 20 MB, and 1.15 to 1.19 of the bare one's time in
+    place of 1.11 to 1.17 (Optax: 40 MB, 1.8 to 2.2).
+    """
+    by_bits = x.dtype == jnp.float32 and dtype == jnp.bfloat16 and _device.on_cpu()
+    return _nearest_bfloat16(x) if by_bits else x.astype(dtype)
+
+
+@jax.custom_jvp
+def _nearest_bfloat16(x: jax.Array) -> jax.Array:
+    bits = from_float(x)
+    # Half of the last bit that is kept, less one where that is 0, as a tie goes to the even one.
+    # The sum is inf for what is beyond the largest number; of a NaN it might be anything.
+    kept = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return to_float(kept.astype(jnp.uint16), jnp.bfloat16)
+
+
+@_nearest_bfloat16.defjvp
+def _nearest_bfloat16_jvp(
+    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    return _nearest_bfloat16(*primals), tangents[0].astype(jnp.bfloat16)
+
+
 def where_positive(fun: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
     """fun(x), with derivative 0 instead of infinity at 0; NaN stays NaN."""
     positive = x > 0

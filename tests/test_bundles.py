@@ -124,9 +124,10 @@ def test_no_array_of_the_size_of_the_gradients(make, dtype):
     assert compiled.memory_analysis().temp_size_in_bytes < 0.4 * total
 
 
-def test_adam_reads_clipped_entries_twice_without_an_array_of_them():
-    """In a step with Adam, clip_by_value needs no array more than Adam does."""
-    params = {name: jnp.ones(shape) for name, shape in TREE.items()}
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_adam_reads_clipped_entries_twice_without_an_array_of_them(dtype):
+    """In a step with Adam, a clip needs no array more than Adam does."""
+    params = {name: jnp.ones(shape, dtype) for name, shape in TREE.items()}
 
     def temporary(tx):
         def step(params, state, grads):
@@ -138,7 +139,10 @@ def test_adam_reads_clipped_entries_twice_without_an_array_of_them():
 
     with jax.numpy_dtype_promotion("standard"):  # Optax promotes
         bare = temporary(optax.adamw(1e-3))
-        for clip in (oc.clip_by_value(record=False), oc.clip_by_global_norm()):
+        clips = [oc.clip_by_value(record=False), oc.clip_by_global_norm(), oc.clip_by_norm()]
+        if dtype != jnp.bfloat16 and jax.device_count() == 1:  # elsewhere, what is clean is written
+            clips.append(oc.clip_by_norm(nonfinite="sanitize"))
+        for clip in clips:
             more = temporary(optax.chain(clip, optax.adamw(1e-3))) - bare
-            # A broadcast number for the second look, as large as one leaf of six, is all.
-            assert more < 0.2 * sum(x.nbytes for x in params.values())
+            # A broadcast number for the second look, float32, as large as one leaf of six, is all.
+            assert more < 0.2 * sum(4 * x.size for x in params.values())

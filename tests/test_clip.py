@@ -12,6 +12,7 @@ import trees
 from oracles import VARIANTS, norm, once, tree_norm
 
 import optaxclip as oc
+from optaxclip._numbers import narrowed
 from optaxclip.measure.looks import in_range
 from optaxclip.threshold import Clock, Threshold
 
@@ -989,3 +990,30 @@ def test_groups_that_do_not_count_vanish_whatever_a_scale_says():
     updates, _ = jax.jit(tx.update)(grads, tx.init(grads))
 
     chex.assert_trees_all_equal(updates, {"bad": jnp.zeros(2), "good": jnp.full(2, 2.0)})
+
+
+def test_products_are_rounded_to_the_nearest_bfloat16():
+    """As NumPy casts: ties to even, to inf from half of a step beyond the largest; slope 1."""
+    upper = np.arange(2**16, dtype=np.uint32) << 16
+    bits = np.concatenate([upper + low for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)])
+    x = bits.view(np.float32)
+    x = x[~np.isnan(x)]
+    rounded = jax.jit(lambda x: narrowed(x, jnp.bfloat16))(x)
+    with np.errstate(over="ignore"):
+        expected = x.astype(jnp.bfloat16)
+    np.testing.assert_array_equal(np.asarray(rounded).view(np.uint16), expected.view(np.uint16))
+
+    slope = jax.grad(lambda x: jnp.sum(narrowed(x, jnp.bfloat16).astype(jnp.float32)))(x[:100])
+    np.testing.assert_array_equal(slope, 1)
+
+
+@every_dtype
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_what_a_scale_of_ones_own_makes_bad_stays_bad(dtype, value):
+    """A factor that is NaN or inf is seen in the updates, whatever rounds them."""
+    tx = oc.clip(
+        oc.measure.leaf_norm(), oc.threshold.constant(1.0), lambda norm, limit: 0 * norm + value
+    )
+    grads = jnp.array([3.0, -4.0], dtype)
+    updates, _ = tx.update(grads, tx.init(grads))
+    np.testing.assert_array_equal(np.asarray(updates, np.float64), [value, -value])
