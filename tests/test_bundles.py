@@ -124,7 +124,7 @@ def test_no_array_of_the_size_of_the_gradients(make, dtype):
     assert compiled.memory_analysis().temp_size_in_bytes < 0.4 * total
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, pytest.param(jnp.float16, marks=ONE)])
 def test_adam_reads_clipped_entries_twice_without_an_array_of_them(dtype):
     """In a step with Adam, a clip needs no array more than Adam does."""
     params = {name: jnp.ones(shape, dtype) for name, shape in TREE.items()}
