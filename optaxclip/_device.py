@@ -29,10 +29,10 @@ def on_cpu() -> bool:
 
 def axes_first(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The axes over which a reduction of everything goes first: of rows on a GPU, else all."""
-    return row_axes(shape) if on_gpu() else tuple(range(len(shape)))
+    return _row_axes(shape) if on_gpu() else tuple(range(len(shape)))
 
 
-def row_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
+def _row_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The last axes of an array, as many as make a row worth reducing by itself.
 
     A GPU reduces rows in one kernel, and everything to one number in two: of many leaves, rows come
@@ -49,7 +49,7 @@ def in_rows(x: jax.Array) -> tuple[jax.Array, tuple[int, ...]]:
 
     Of many rows, up to `TALL` are one, as XLA has a thread read from each of them.
     """
-    axes = row_axes(x.shape)
+    axes = _row_axes(x.shape)
     rows = math.prod(x.shape[: axes[0]]) if axes else 0
     tall = math.gcd(TALL, *x.shape[:1])
     while tall > 1 and rows < tall * MANY:

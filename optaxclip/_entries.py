@@ -144,12 +144,12 @@ def _extremes(leaves: list[jax.Array], limit: jax.Array) -> tuple[jax.Array, ...
     allowed = _bits(jnp.where(is_bad(limit), 0, jnp.abs(limit)))  # -0 is none
     # Nothing is above inf; and what is below the normal numbers is not above 0, as XLA:CPU has it.
     allowed = jnp.clip(allowed, NORMAL - 1, BAD - 1)
-    of = functools.partial(_of, allowed=allowed)
+    read = functools.partial(_read, allowed=allowed)
     if _device.on_gpu():
-        found = [of(x, axes=axes) for x, axes in map(_device.in_rows, _laid_together(leaves))]
+        found = [read(x, axes=axes) for x, axes in map(_device.in_rows, _laid_together(leaves))]
         most, turned, above = map(as_one, zip(*found, strict=True))
     else:
-        each = pieces.each(leaves, lambda x: of(x, axes=range(x.ndim)))
+        each = pieces.each(leaves, lambda x: read(x, axes=range(x.ndim)))
         most, turned, above = map(jnp.stack, zip(*each, strict=True))
     most, least = jnp.max(most), jnp.maximum(jnp.max(turned), NORMAL) - NORMAL
     sizes = [jax.lax.bitcast_convert_type(x, jnp.float32) for x in (most, least)]
@@ -157,7 +157,7 @@ def _extremes(leaves: list[jax.Array], limit: jax.Array) -> tuple[jax.Array, ...
     return *sizes, *(jnp.sum(x.astype(jnp.float32)) for x in (above, most >= BAD))
 
 
-def _of(x: jax.Array, allowed: jax.Array, axes: Sequence[int]) -> list[jax.Array]:
+def _read(x: jax.Array, allowed: jax.Array, axes: Sequence[int]) -> list[jax.Array]:
     """Over axes: the largest size, the largest finite one turned, how many finite are above."""
     # As integers, which XLA:CPU may reorder, and so makes fast. With NORMAL added, those of inf and
     # NaN wrap around, below all others. In bfloat16 such operations, not memory, bound an H200: a

@@ -49,7 +49,7 @@ class _Summary(NamedTuple):
     bad: jax.Array  # how many had a norm that was not finite, or whether any had
 
 
-class _Read(NamedTuple):
+class _Reducible(NamedTuple):
     """What of an array of groups is to be reduced."""
 
     sizes: tuple[jax.Array, ...]  # as the norm, to their maxima
@@ -136,27 +136,27 @@ def _joined(arrays: Sequence[jax.Array]) -> jax.Array:
 def _summaries(parts: Sequence[Groups | list[Entries]]) -> list[_Summary]:
     """What the metrics need: of each array, or of all together that are read at once."""
     found: list[_Summary] = []
-    at_once: dict[bool, list[_Read]] = {}
+    at_once: dict[bool, list[_Reducible]] = {}
     for g in parts:
         if isinstance(g, list):
             found.append(_Summary(*read_once(g)))
         elif _is_one(g.norm) and g.norm.size > 1:
-            at_once.setdefault(g.factor is None, []).append(_read(g))
+            at_once.setdefault(g.factor is None, []).append(_reducible(g))
         else:
-            read = _read(g)
-            most = map(maximum, read.sizes)
-            found.append(_summary(most, map(_total, read.masks), inverse=g.factor is None))
-    for inverse, reads in at_once.items():
-        found.append(_summary(*_in_one_read(*zip(*reads, strict=True)), inverse=inverse))
+            own = _reducible(g)
+            most = map(maximum, own.sizes)
+            found.append(_summary(most, map(_total, own.masks), inverse=g.factor is None))
+    for inverse, several in at_once.items():
+        found.append(_summary(*_in_one_read(*zip(*several, strict=True)), inverse=inverse))
     return found
 
 
-def _read(g: Groups) -> _Read:
+def _reducible(g: Groups) -> _Reducible:
     alike = lambda x: jnp.broadcast_to(x.astype(g.norm.dtype), g.norm.shape)
     # The smallest factor is that of the largest of these.
     order = -alike(g.factor) if g.excess is None else g.excess
     clipped = jnp.isfinite(g.norm) & (order > (-1 if g.excess is None else 1))
-    return _Read((g.norm, alike(g.clipped_norm), -alike(g.limit), order), (clipped, ~g.finite))
+    return _Reducible((g.norm, alike(g.clipped_norm), -alike(g.limit), order), (clipped, ~g.finite))
 
 
 def _summary(most: Iterable[jax.Array], counts: Iterable[jax.Array], *, inverse: bool) -> _Summary:
