@@ -417,6 +417,13 @@ FAULTS = {
         "return x.astype(dtype)",
         "test_bundles.py -k adam_reads",
     ),
+    "measure another dtype than is clipped": Fault(
+        "_clip.py",
+        "clean = jax.tree.map(sanitized, grads)",
+        "clean = jax.tree.map(lambda g: sanitized(widen(g)), grads)",
+        "test_pieces.py -k policies",
+        ONE_DEVICE,
+    ),
     "lose the rows beyond equal parts": Fault(
         "measure/arithmetic.py",
         "if PARTS * length < rows.shape[0]:",
@@ -433,8 +440,8 @@ FAULTS = {
     ),
     "wait for a norm of a leaf without any": Fault(
         "measure/pieces.py",
-        "if of_columns and norms.size)",
-        "if of_columns)",
+        "if several and norms.size)",
+        "if several)",
         "test_pieces.py -k columns",
         ONE_DEVICE,
     ),

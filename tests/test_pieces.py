@@ -111,6 +111,29 @@ def test_pieces_of_several_dtypes():
             assert np.isclose(norm, exact(tree | more), rtol=4 * 2.0**-24)
 
 
+@pytest.mark.parametrize("nonfinite", ["propagate", "sanitize"])
+@pytest.mark.parametrize(
+    "make",
+    [oc.clip_by_norm, oc.clip_by_block_rms, oc.clip_by_average_norm, oc.adaptive_grad_clip],
+)
+def test_policies_agree_where_nothing_is_bad(make, nonfinite):
+    """Bit for bit: every leaf of every dtype has its own norm, and its parameters'."""
+    dtypes = [jnp.bfloat16, jnp.float32, jnp.float16]
+    shapes = [(4, 4), (4, 4), (7,), (7,), (), (300, 200), (40, 25)]
+    each = [(shape, dtype) for shape in shapes for dtype in dtypes]
+    grads = [
+        (10.0 ** (i % 4) * trees.normal(*shape, seed=i)).astype(dtype)
+        for i, (shape, dtype) in enumerate(each)
+    ]
+    for tree in (grads, [x for x in grads if x.dtype == jnp.bfloat16]):
+        params = [jnp.ones_like(x) for x in tree]
+        found = []
+        for policy in ("zero", nonfinite):
+            tx = make(nonfinite=policy)
+            found.append(jax.jit(tx.update)(tree, tx.init(params), params))
+        jax.tree.map(np.testing.assert_array_equal, *found)
+
+
 @cpu
 def test_looking_again_has_few_operations():
     """Many small leaves add no loop each to the branch of the second look either."""

@@ -81,7 +81,7 @@ def power_sum(
       x: any shape, any float or complex dtype.
       ord: p.
       axes: as of `p_norm`.
-      after: sizes to be there before a whole leaf of float64, or columns, are added up.
+      after: sizes to be there before what is added up in a loop of XLA's own.
     """
     x = widen(x)
     if ord == EUCLIDEAN:
@@ -123,7 +123,7 @@ def _at_once(x: jax.Array, axes: Axes | None) -> jax.Array:
 
 
 def _are_tall(x: jax.Array, axes: Axes) -> bool:
-    """Whether a sum is of columns of at least FEW entries, or of whatever lies like these."""
+    """Whether a sum is of columns of more than FEW entries, or of whatever lies like these."""
     leading = tuple(axes) == tuple(range(len(axes))) and len(axes) < x.ndim
     return leading and x.size >= TALL and math.prod(x.shape[: len(axes)]) > FEW
 

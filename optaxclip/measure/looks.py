@@ -171,9 +171,9 @@ def _of_float64(norms: Norms) -> Norms:
 
     def found(grads: Tree, params: Tree) -> Tree:
         with jax.enable_x64(True), underived():  # noqa: FBT003 - it is JAX's own
-            return jax.tree.map(narrowed, norms(grads, params))
+            return jax.tree.map(single, norms(grads, params))
 
-    def narrowed(norm: jax.Array) -> jax.Array:
+    def single(norm: jax.Array) -> jax.Array:
         narrow = norm.astype(jnp.float32)
         # What follows reads float32 then: XLA would write float64, and read it for each use.
         many = is_known(norm.size) and norm.size >= MANY_UNITS

@@ -87,7 +87,8 @@ def power_sums(
     sizes = [sum(math.prod(kept(parts[i].leaves[0], axes[i])) for i in run) for run in plan]
     each = zip(*(apart(x, sizes) for x in own), strict=True) if own else [()] * len(plan)
 
-    @functools.partial(jax.jit, static_argnums=1)  # traced once for all leaves of one shape
+    # Traced once for all leaves of one shape, but for the first of them.
+    @functools.partial(jax.jit, static_argnums=1)
     def summed(x: jax.Array, over: Axes, last: jax.Array | None, *mine: jax.Array) -> jax.Array:
         wait = after if last is None else last
         return power_sum(fun(x, *(m.reshape(kept(x, over)) for m in mine)), ord, over, wait)
@@ -96,9 +97,9 @@ def power_sums(
         x, over = parts[run[0]].leaves[0], axes[run[0]]
         if len(run) > 1:
             x, over = _beside([parts[i].leaves[0] for i in run], over, found)
-        # Columns one leaf after the other, or XLA would make memory for parts of all at once.
-        of_columns = len(over) < x.ndim
-        last = next((norms[0] for norms in reversed(found) if of_columns and norms.size), None)
+        # Units one leaf after the other, or XLA would make memory for parts of all at once.
+        several = len(over) < x.ndim
+        last = next((norms[0] for norms in reversed(found) if several and norms.size), None)
         found.append(joined(summed(x, over, last, *mine), ord, parts[run[0]].over).reshape(-1))
     # As in bundles.sums.
     return as_one(of_one_dtype(found))
