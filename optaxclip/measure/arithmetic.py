@@ -71,7 +71,12 @@ def p_norm(x: jax.Array, ord: float, axes: Axes | None = None, over: Names = ())
 
 
 def power_sum(
-    x: jax.Array, ord: float, axes: Axes | None = None, after: jax.Array | None = None
+    x: jax.Array,
+    ord: float,
+    axes: Axes | None = None,
+    after: jax.Array | None = None,
+    *,
+    rare: bool = False,
 ) -> jax.Array:
     """What `root` makes a norm of: the sum of squares for p = 2, else the norm itself.
 
@@ -82,13 +87,14 @@ def power_sum(
       ord: p.
       axes: as of `p_norm`.
       after: sizes to be there before what is added up in a loop of XLA's own.
+      rare: whether few steps take it, so that no loop is compiled to be faster.
     """
     x = widen(x)
     if ord == EUCLIDEAN:
-        return _total(squared(x), axes, after)
+        return _total(squared(x), axes, after, rare=rare)
     size = jnp.abs(x)
     if ord == 1:
-        return _total(size, axes, after)
+        return _total(size, axes, after, rare=rare)
     peak = largest(size, axes)
     if ord == math.inf:
         return peak
@@ -96,12 +102,14 @@ def power_sum(
     return peak * _pth_root(jnp.sum(raised, axes, keepdims=True), ord)
 
 
-def _total(x: jax.Array, axes: Axes | None, after: jax.Array | None = None) -> jax.Array:
+def _total(
+    x: jax.Array, axes: Axes | None, after: jax.Array | None = None, *, rare: bool = False
+) -> jax.Array:
     """The sum over axes, which stay with size 1."""
     here = _device.on_cpu() and shards.is_in_one_place(x)
     if here and x.dtype == jnp.float64:
         return _by_rows(x, range(x.ndim) if axes is None else axes, after)
-    if here and axes is not None and _are_tall(x, axes) and not shards.in_a_stack():
+    if here and not rare and axes and _are_tall(x, axes) and not shards.in_a_stack():
         return _by_parts(x, axes, after)
     return _at_once(x, axes)
 

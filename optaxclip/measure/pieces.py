@@ -91,7 +91,8 @@ def power_sums(
     @functools.partial(jax.jit, static_argnums=1)
     def summed(x: jax.Array, over: Axes, last: jax.Array | None, *mine: jax.Array) -> jax.Array:
         wait = after if last is None else last
-        return power_sum(fun(x, *(m.reshape(kept(x, over)) for m in mine)), ord, over, wait)
+        y = fun(x, *(m.reshape(kept(x, over)) for m in mine))
+        return power_sum(y, ord, over, wait, rare=bool(mine))  # what is its own is of a second look
 
     for run, mine in zip(plan, each, strict=True):
         x, over = parts[run[0]].leaves[0], axes[run[0]]
