@@ -16,6 +16,10 @@ ROW = 128  # entries, so that a kernel that adds up rows is busy; XLA takes two 
 # theirs; and how many of these there are then, at least: 15 for each of an H200's multiprocessors.
 TALL, MANY = 4, 2**11
 
+# Entries from which on a CPU reduces an array in rows, so that there is work for all cores; of a
+# smaller one, it would be a loop more to compile. And how many rows, if its size can be divided.
+LARGE, ROWS = 2**17, 64
+
 
 def on_gpu() -> bool:
     """Whether a branch waits for the host, and every kernel takes microseconds to start."""
@@ -44,11 +48,19 @@ def _row_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(range(first, len(shape)))
 
 
-def in_rows(x: jax.Array) -> tuple[jax.Array, tuple[int, ...]]:
-    """The entries of an array, and the axes of what is one row in a GPU's reduction of all.
+def rows_for_cores(size: int) -> int:
+    """How many rows a CPU reduces apart, of all of an array: one core takes what is one number."""
+    return math.gcd(size, ROWS) if size >= LARGE else 1
 
-    Of many rows, up to `TALL` are one, as XLA has a thread read from each of them.
+
+def in_rows(x: jax.Array) -> tuple[jax.Array, tuple[int, ...]]:
+    """The entries of an array in one place, and the axes of what is one row in a reduction of all.
+
+    On a GPU, of many rows, up to `TALL` are one, as XLA has a thread read from each of them.
     """
+    if not on_gpu():
+        rows = rows_for_cores(x.size)
+        return (x, tuple(range(x.ndim))) if rows == 1 else (x.reshape(rows, -1), (1,))
     axes = _row_axes(x.shape)
     rows = math.prod(x.shape[: axes[0]]) if axes else 0
     tall = math.gcd(TALL, *x.shape[:1])

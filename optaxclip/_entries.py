@@ -145,23 +145,20 @@ def _extremes(leaves: list[jax.Array], limit: jax.Array) -> tuple[jax.Array, ...
     # Nothing is above inf; and what is below the normal numbers is not above 0, as XLA:CPU has it.
     allowed = jnp.clip(allowed, NORMAL - 1, BAD - 1)
     read = functools.partial(_read, allowed=allowed)
-    if _device.on_gpu():
-        found = [read(x, axes=axes) for x, axes in map(_device.in_rows, _laid_together(leaves))]
-        most, turned, above = map(as_one, zip(*found, strict=True))
-    else:
-        each = pieces.each(leaves, lambda x: read(x, axes=range(x.ndim)))
-        most, turned, above = map(jnp.stack, zip(*each, strict=True))
+    found = map(read, _laid_together(leaves)) if _device.on_gpu() else pieces.each(leaves, read)
+    most, turned, above = map(as_one, zip(*found, strict=True))
     most, least = jnp.max(most), jnp.maximum(jnp.max(turned), NORMAL) - NORMAL
     sizes = [jax.lax.bitcast_convert_type(x, jnp.float32) for x in (most, least)]
     # All may be more than int32 can count.
     return *sizes, *(jnp.sum(x.astype(jnp.float32)) for x in (above, most >= BAD))
 
 
-def _read(x: jax.Array, allowed: jax.Array, axes: Sequence[int]) -> list[jax.Array]:
-    """Over axes: the largest size, the largest finite one turned, how many finite are above."""
+def _read(x: jax.Array, allowed: jax.Array) -> list[jax.Array]:
+    """Of each row: the largest size, the largest finite one turned, how many finite are above."""
     # As integers, which XLA:CPU may reorder, and so makes fast. With NORMAL added, those of inf and
     # NaN wrap around, below all others. In bfloat16 such operations, not memory, bound an H200: a
     # comparison and a selection more, and four results, took it 1.14 of the limit in place of 1.08.
+    x, axes = _device.in_rows(x)
     bits = _bits(jnp.abs(widen(x)))
     turned = bits + NORMAL
     return maxima_and_counts([bits, turned], [turned > allowed + NORMAL], axes)

@@ -300,6 +300,7 @@ def test_one_limit_for_all_entries_is_read_as_one_for_each(bad, limit, nonfinite
     """What is read of entries under one limit is what is found entry by entry."""
     monkeypatch.setattr(oc._device, "on_gpu", lambda: gpu)
     monkeypatch.setattr(oc._device, "MANY", 10)  # rows are four in one
+    monkeypatch.setattr(oc._device, "LARGE", 2**13)  # on a CPU there are rows, too
     rng = np.random.default_rng(0)
     grads = {
         "small": jnp.float32([0.5, -1.0, 1.0, 2.0, 0.0, *BAD[bad]]),

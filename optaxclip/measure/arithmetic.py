@@ -38,10 +38,6 @@ _UNDERIVED = contextvars.ContextVar("underived", default=False)
 # loop over these takes 0.56. From 33 entries on, that loop is slow.
 FEW, MANY = 32, 2**14
 
-# A whole leaf of at least so many entries is added up in rows, if its size can be divided, so that
-# there is work for all cores; of smaller ones, it would be one loop more to compile.
-LARGE, ROWS = 2**17, 64
-
 # Columns of a leaf of at least so many entries are added up part by part, if each is long enough.
 TALL, PARTS = 2**15, 8
 
@@ -161,9 +157,7 @@ def _by_rows(x: jax.Array, axes: Sequence[int], after: jax.Array | None) -> jax.
     shape = x.shape[: x.ndim - len(axes)]
     if tuple(axes) != tuple(range(len(shape), x.ndim)):
         return jnp.sum(x, axes, keepdims=True)
-    rows = math.prod(shape)
-    if not shape and x.size >= LARGE:
-        rows = math.gcd(x.size, ROWS)
+    rows = math.prod(shape) if shape else _device.rows_for_cores(x.size)
     each = _sums_of_rows(x.reshape(rows, x.size // max(rows, 1)), _zero(after))
     return (each if shape else jnp.sum(each)).reshape(*shape, *[1] * len(axes))
 
