@@ -262,6 +262,7 @@ def _scaled(
 
 
 def _multiplied(grads: Tree, factors: Tree, counts: Tree, scale: Scale, nonfinite: str) -> Tree:
+    # What is propagated may be any NaN, and not all would come through `narrowed`.
     plain = jax.lax.convert_element_type if nonfinite == "propagate" else narrowed
     cast = getattr(scale, "cast", plain)
 

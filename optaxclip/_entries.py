@@ -32,7 +32,7 @@ NORMAL = np.int32(0x00800000)  # the bits of the smallest normal number
 # Entries of a leaf that a GPU reads in a kernel of its own. XLA would have the one that updates the
 # parameters reduce as well: of 400 M entries on an H200, AdamW took 1.2 (float32) and 1.5 times the
 # bare step and one read, in place of 1.0 and 1.1.
-LARGE = 2**20
+ALONE = 2**20
 BAD = np.int32(0x7F800000)  # the bits of inf; those of NaN are more, those of numbers are less
 
 
@@ -167,7 +167,7 @@ def _read(x: jax.Array, allowed: jax.Array) -> list[jax.Array]:
 def _laid_together(leaves: list[jax.Array]) -> list[jax.Array]:
     """The leaves, but the small ones as one, since each kernel takes a GPU time to start."""
     small = [widen(leaf) for leaf in leaves if leaf.size <= rows.FEW]
-    alone = lambda leaf: jax.lax.optimization_barrier(leaf) if leaf.size >= LARGE else leaf
+    alone = lambda leaf: jax.lax.optimization_barrier(leaf) if leaf.size >= ALONE else leaf
     large = [alone(leaf) for leaf in leaves if leaf.size > rows.FEW]
     return [*large, *([as_one(small)] if small else [])]
 

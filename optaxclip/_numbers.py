@@ -193,7 +193,10 @@ def to_float(bits: jax.Array, dtype: Any) -> jax.Array:
 
 
 def narrowed(x: jax.Array, dtype: Any) -> jax.Array:
-    """Numbers, of which none is NaN, in a dtype that may be narrower, rounded to the nearest.
+    """`x` in a dtype that may be narrower, rounded to the nearest.
+
+    A NaN stays one if the lower half of its bits is 0, as that of what arithmetic makes; of others,
+    as a user's array may hold, some would become inf or 0.
 
     XLA:CPU casts to bfloat16 once, and writes that to memory if it is used twice, as by Adam. What
     is rounded by bits is worked out for each use: a step with Adam and `clip_by_global_norm`, of
@@ -208,7 +211,7 @@ def narrowed(x: jax.Array, dtype: Any) -> jax.Array:
 def _nearest_bfloat16(x: jax.Array) -> jax.Array:
     bits = from_float(x)
     # Half of the last bit that is kept, less one where that is 0, as a tie goes to the even one.
-    # The sum is inf for what is beyond the largest number; of a NaN it might be anything.
+    # The sum is inf for what is beyond the largest number.
     kept = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return to_float(kept.astype(jnp.uint16), jnp.bfloat16)
 

@@ -38,8 +38,9 @@ _UNDERIVED = contextvars.ContextVar("underived", default=False)
 # loop over these takes 0.56. From 33 entries on, that loop is slow.
 FEW, MANY = 32, 2**14
 
-# Columns of a leaf of at least so many entries are added up part by part, if each is long enough.
-TALL, PARTS = 2**15, 8
+# Columns of a leaf of at least so many entries are added up in so many parts, if they are longer
+# than FEW.
+LEAST, PARTS = 2**15, 8
 
 
 def is_fast_in_float64(tree: Any) -> bool:
@@ -105,7 +106,7 @@ def _total(
     here = _device.on_cpu() and shards.is_in_one_place(x)
     if here and x.dtype == jnp.float64:
         return _by_rows(x, range(x.ndim) if axes is None else axes, after)
-    if here and not rare and axes and _are_tall(x, axes) and not shards.in_a_stack():
+    if here and not rare and axes and _have_parts(x, axes) and not shards.in_a_stack():
         return _by_parts(x, axes, after)
     return _at_once(x, axes)
 
@@ -126,10 +127,10 @@ def _at_once(x: jax.Array, axes: Axes | None) -> jax.Array:
     return jax.lax.platform_dependent(x, cpu=as_complex, default=add)
 
 
-def _are_tall(x: jax.Array, axes: Axes) -> bool:
+def _have_parts(x: jax.Array, axes: Axes) -> bool:
     """Whether a sum is of columns of more than FEW entries, or of whatever lies like these."""
     leading = tuple(axes) == tuple(range(len(axes))) and len(axes) < x.ndim
-    return leading and x.size >= TALL and math.prod(x.shape[: len(axes)]) > FEW
+    return leading and x.size >= LEAST and math.prod(x.shape[: len(axes)]) > FEW
 
 
 def _by_parts(x: jax.Array, axes: Axes, after: jax.Array | None) -> jax.Array:
@@ -145,8 +146,8 @@ def _by_parts(x: jax.Array, axes: Axes, after: jax.Array | None) -> jax.Array:
     part = lambda i: jax.lax.slice_in_dim(rows, i * length, (i + 1) * length)
     sums = added([part(i) for i in range(PARTS)])
     # Selected, which the library cannot do, or it would take the additions too.
-    known = jnp.full(sums.shape, _zero(after) == 0)
-    sums = _at_once(jax.lax.select(known, sums, jnp.zeros_like(sums)), (0,))
+    always = jnp.full(sums.shape, _zero(after) == 0)
+    sums = _at_once(jax.lax.select(always, sums, jnp.zeros_like(sums)), (0,))
     if PARTS * length < rows.shape[0]:
         sums += _at_once(rows[PARTS * length :], (0,))
     return sums.reshape(*[1] * len(axes), *shape)
