@@ -116,7 +116,9 @@ def scale_by_stable_adam(
         """The RMS of g / sqrt(v), which comes in the place of the parameters."""
         # Under "sanitize", an entry that is bad in the one has been set to 0 in the other.
         gone = lambda d, s: jnp.where(jnp.isfinite(d) & ~jnp.isfinite(s), jnp.zeros_like(s), s)
-        return rms.norms(jax.tree.map(gone, direction, surprise), None)
+        if nonfinite == "sanitize":  # elsewhere a second use, for which a GPU would write quotients
+            surprise = jax.tree.map(gone, direction, surprise)
+        return rms.norms(surprise, None)
 
     # Its squares stay in range: v knows g, so the quotient is at most 1 / sqrt(1 - b2).
     measure = Measure(size, rms.spread, sums=False)
@@ -138,22 +140,25 @@ def scale_by_stable_adam(
         wide = jax.tree.map(widen, grads)
         old = _by_leaf(state)
         learned = jax.tree.map(functools.partial(_learned, b1=b1, b2=b2), wide, old)
-        root = jax.tree.map(lambda g, m: where_positive(jnp.sqrt, m.nu), wide, learned)
-        floor = lambda r: as_like(eps, r)
-        # A square that overflows would make both quotients 0, and its moments the ones to keep.
-        root = jax.tree.map(lambda r: jnp.where(jnp.isfinite(r), r, jnp.nan), root)
+        floor = lambda root: as_like(eps, root)
+        by = lambda x, scale: x / scale.astype(x.dtype)
         surprise = jax.tree.map(
-            lambda g, r: g / jnp.maximum(r, floor(r)).astype(g.dtype), wide, root
+            lambda g, m: by(g, jnp.maximum(root := _root(m.nu), floor(root))), wide, learned
         )
-        direction = jax.tree.map(
-            lambda g, m, r: m.mu / (r + floor(r)).astype(m.mu.dtype), grads, learned, root
-        )
-        updates, clip_state = limiter.update(direction, state.clip, surprise)
         if nonfinite == "sanitize":
             learns = jax.tree.map(jnp.isfinite, surprise)
         else:
             learns = rms.spread(jnp.isfinite(rms.norms(surprise, None)), surprise)
+        # Of the moments that are kept, or XLA keeps the old ones beside them until it is there.
         moments = jax.tree.map(_kept, learns, learned, old)
+        direction = jax.tree.map(
+            lambda _, m: by(m.mu, (root := _root(m.nu)) + floor(root)), grads, moments
+        )
+        if nonfinite == "sanitize":
+            direction = jax.tree.map(
+                lambda learns, d: jnp.where(learns, d, jnp.nan), learns, direction
+            )
+        updates, clip_state = limiter.update(direction, state.clip, surprise)
         updates = jax.tree.map(lambda g, u: u.astype(g.dtype), grads, updates)
         return updates, StableAdamState(*_by_field(moments), clip_state)
 
@@ -195,6 +200,13 @@ def _learned(grad: jax.Array, old: Moments, *, b1: Any, b2: Any) -> Moments:
     mu = old.mu + mu_share.astype(old.mu.dtype) * (grad - old.mu)
     nu = old.nu + nu_share * (squared(grad) - old.nu)
     return Moments(mu, nu, seen)
+
+
+def _root(nu: jax.Array) -> jax.Array:
+    """The root of a second moment; NaN, where a square overflowed."""
+    # It would make both quotients 0, and its moments the ones to keep.
+    root = where_positive(jnp.sqrt, nu)
+    return jnp.where(jnp.isfinite(root), root, jnp.nan)
 
 
 def _kept(learns: jax.Array, new: Moments, old: Moments) -> Moments:
