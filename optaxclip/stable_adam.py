@@ -23,6 +23,7 @@ from ._place import beside, placeable
 from ._range import Range, Steps
 from .measure import Measure, leaf_rms
 from .measure.arithmetic import squared
+from .measure.looks import in_range
 from .measure.shards import AxisName
 from .record import ClipState
 from .threshold import constant
@@ -110,7 +111,8 @@ def scale_by_stable_adam(
     _check.decay(b1=b1, b2=b2)
     _check.positive(eps=eps)
     _check.limit(max_rms=max_rms)
-    rms = leaf_rms(axis_name=axis_name)
+    # Its squares stay in range: v knows g, so the quotient is at most 1 / sqrt(1 - b2).
+    rms = leaf_rms(axis_name=axis_name)._replace(sums=False)
 
     def size(direction: Tree, surprise: Tree) -> Tree:
         """The RMS of g / sqrt(v), which comes in the place of the parameters."""
@@ -118,9 +120,8 @@ def scale_by_stable_adam(
         gone = lambda d, s: jnp.where(jnp.isfinite(d) & ~jnp.isfinite(s), jnp.zeros_like(s), s)
         if nonfinite == "sanitize":  # elsewhere a second use, for which a GPU would write quotients
             surprise = jax.tree.map(gone, direction, surprise)
-        return rms.norms(surprise, None)
+        return in_range(rms, surprise, None)
 
-    # Its squares stay in range: v knows g, so the quotient is at most 1 / sqrt(1 - b2).
     measure = Measure(size, rms.spread, sums=False)
     limiter = clip(measure, constant(max_rms), nonfinite=nonfinite, record=record)
 
@@ -148,7 +149,7 @@ def scale_by_stable_adam(
         if nonfinite == "sanitize":
             learns = jax.tree.map(jnp.isfinite, surprise)
         else:
-            learns = rms.spread(jnp.isfinite(rms.norms(surprise, None)), surprise)
+            learns = rms.spread(jnp.isfinite(in_range(rms, surprise, None)), surprise)
         # Of the moments that are kept, or XLA keeps the old ones beside them until it is there.
         moments = jax.tree.map(_kept, learns, learned, old)
         direction = jax.tree.map(

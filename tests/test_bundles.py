@@ -144,3 +144,23 @@ def test_adam_reads_clipped_entries_twice_without_an_array_of_them(dtype):
             more = temporary(optax.chain(clip, optax.adamw(1e-3))) - bare
             # A broadcast number for the second look, float32, as large as one leaf of six, is all.
             assert more < 0.2 * sum(4 * x.size for x in params.values())
+
+
+@ONE
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_stable_adam_writes_no_quotients(dtype):
+    """Of its moments, there are none beside those that it keeps: of its arrays, only one is more.
+
+    That is Adam's direction, or a new moment, as XLA:CPU makes a loop per result.
+    """
+    params = {name: jnp.ones(shape, dtype) for name, shape in TREE.items()}
+    tx = optax.chain(oc.scale_by_stable_adam(), optax.scale_by_learning_rate(1e-3))
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    with jax.numpy_dtype_promotion("standard"):  # Optax promotes
+        lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, tx.init(params), params)
+    wide = sum(4 * x.size for x in params.values())  # bytes in float32, as the moments are
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < 1.2 * wide

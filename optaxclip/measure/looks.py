@@ -58,12 +58,12 @@ def packed_in_range(measure: Measure, grads: Tree, params: Tree) -> Measured:
     packing = packing_of(measure)
     if packing is None or not _is_packed(packing, grads, params):
         return Measured.as_is(measure, _unpacked_in_range(measure, grads, params), grads)
-    if not measure.sums:
+    if packing.wide and is_fast_in_float64(grads) and not _device.on_gpu():
+        norms = _packed_in_float64(packing, grads, params)
+    elif not measure.sums:
         norms = packing.norms(grads, params, lambda g: g)
     elif _device.on_gpu() and not has_float64(grads):
         norms = _packed_on_gpu(packing, grads, params)
-    elif packing.wide and is_fast_in_float64(grads):
-        norms = _packed_in_float64(packing, grads, params)
     else:
         norms = _packed_and_looked_at_again(packing, grads, params)
     return Measured(
