@@ -111,7 +111,7 @@ def scale_by_stable_adam(
     _check.decay(b1=b1, b2=b2)
     _check.positive(eps=eps)
     _check.limit(max_rms=max_rms)
-    # Its squares stay in range: v knows g, so the quotient is at most 1 / sqrt(1 - b2).
+    # No square overflows: v knows g, so the quotient is at most 1 / sqrt(1 - b2).
     rms = leaf_rms(axis_name=axis_name)._replace(sums=False)
 
     def size(direction: Tree, surprise: Tree) -> Tree:

@@ -425,6 +425,13 @@ FAULTS = {
         "test_bundles.py -k stable",
         ONE_DEVICE,
     ),
+    "ask for a ratio of norms in float64": Fault(
+        "measure/modifiers.py",
+        "suits=suits, wide=False)",
+        "suits=suits)",
+        "test_clip.py test_measure.py test_pieces.py -k relative",
+        ONE_DEVICE,
+    ),
     "update what Adam did not learn": Fault(
         "stable_adam.py",
         "lambda learns, d: jnp.where(learns, d, jnp.nan)",

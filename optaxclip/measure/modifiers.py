@@ -125,8 +125,8 @@ def relative(measure: Measure, eps: float | jax.Array) -> Measure:
         return dtypes(grads) == dtypes(_weights(grads, params))
 
     packing = packing_of(measure)
-    if packing:
-        packed_by(norms, packing._replace(norms=packed, suits=suits))
+    if packing:  # `packed` asks for both norms in range, so it is not to be asked in float64
+        packed_by(norms, packing._replace(norms=packed, suits=suits, wide=False))
     return Measure(norms, measure.spread, sums=False)
 
 
