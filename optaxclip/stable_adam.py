@@ -141,20 +141,14 @@ def scale_by_stable_adam(
         wide = jax.tree.map(widen, grads)
         old = _by_leaf(state)
         learned = jax.tree.map(functools.partial(_learned, b1=b1, b2=b2), wide, old)
-        floor = lambda root: as_like(eps, root)
-        by = lambda x, scale: x / scale.astype(x.dtype)
-        surprise = jax.tree.map(
-            lambda g, m: by(g, jnp.maximum(root := _root(m.nu), floor(root))), wide, learned
-        )
+        surprise = jax.tree.map(lambda g, m: _surprise(g, m.nu, eps), wide, learned)
         if nonfinite == "sanitize":
             learns = jax.tree.map(jnp.isfinite, surprise)
         else:
             learns = rms.spread(jnp.isfinite(in_range(rms, surprise, None)), surprise)
-        # Of the moments that are kept, or XLA keeps the old ones beside them until it is there.
         moments = jax.tree.map(_kept, learns, learned, old)
-        direction = jax.tree.map(
-            lambda _, m: by(m.mu, (root := _root(m.nu)) + floor(root)), grads, moments
-        )
+        # Of what is kept, or XLA:CPU copies the old moments, to read them when they are written.
+        direction = jax.tree.map(lambda _, m: _direction(m.mu, m.nu, eps), grads, moments)
         if nonfinite == "sanitize":
             direction = jax.tree.map(
                 lambda learns, d: jnp.where(learns, d, jnp.nan), learns, direction
@@ -201,6 +195,18 @@ def _learned(grad: jax.Array, old: Moments, *, b1: Any, b2: Any) -> Moments:
     mu = old.mu + mu_share.astype(old.mu.dtype) * (grad - old.mu)
     nu = old.nu + nu_share * (squared(grad) - old.nu)
     return Moments(mu, nu, seen)
+
+
+def _surprise(grad: jax.Array, nu: jax.Array, eps: Any) -> jax.Array:
+    """How large a gradient is for what it has been: g / max(sqrt(v), eps)."""
+    root = _root(nu)
+    return grad / jnp.maximum(root, as_like(eps, root)).astype(grad.dtype)
+
+
+def _direction(mu: jax.Array, nu: jax.Array, eps: Any) -> jax.Array:
+    """That of Adam: m / (sqrt(v) + eps)."""
+    root = _root(nu)
+    return mu / (root + as_like(eps, root)).astype(mu.dtype)
 
 
 def _root(nu: jax.Array) -> jax.Array:

@@ -413,8 +413,8 @@ FAULTS = {
     ),
     "make Adam's direction of moments that are not kept": Fault(
         "stable_adam.py",
-        "grads, moments\n        )",
-        "grads, learned\n        )",
+        "m.nu, eps), grads, moments)",
+        "m.nu, eps), grads, learned)",
         "test_bundles.py -k stable",
         ONE_DEVICE,
     ),
