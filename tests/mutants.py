@@ -432,6 +432,19 @@ FAULTS = {
         "test_clip.py test_measure.py test_pieces.py -k relative",
         ONE_DEVICE,
     ),
+    "clip the tree, and then its leaves": Fault(
+        "variants/ratio.py",
+        "if measure is not None or nonfinite",
+        "if True or nonfinite",
+        "test_bundles.py -k adam_reads",
+        ONE_DEVICE,
+    ),
+    "add up norms that are whole over devices": Fault(
+        "variants/ratio.py",
+        "clips(global_norm(axis_name=()), _EACH)",
+        "clips(global_norm(axis_name=axis_name), _EACH)",
+        "test_shard_map.py -k 'adagc'",
+    ),
     "update what Adam did not learn": Fault(
         "stable_adam.py",
         "lambda learns, d: jnp.where(learns, d, jnp.nan)",

@@ -508,3 +508,12 @@ def test_a_short_window_has_a_limit_when_it_is_full():
     """min_history need not be given with a window below its default."""
     assert oc.clip_by_percentile(window=20).init(jnp.ones(1)).memory
     assert oc.clip_by_sigma(window=16).init(jnp.ones(1)).memory
+
+
+def test_a_leaf_of_zeros_has_the_factor_of_its_tree():
+    """In AdaGC's warm-up, every leaf has the derivative of the tree's clip, zeros included."""
+    tx = oc.adagc()
+    grads = {"zero": jnp.zeros(3), "other": jnp.array([3.0, 4.0])}
+    state = tx.init(grads)
+    of_zero = lambda x: jnp.sum(tx.update(grads | {"zero": x}, state)[0]["zero"])
+    np.testing.assert_allclose(jax.grad(of_zero)(grads["zero"]), 1 / 5, rtol=1e-6)

@@ -7,6 +7,7 @@ numbers of its own, by default every leaf. To change a hyperparameter over time,
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -16,8 +17,9 @@ import optax
 
 from optaxclip import _check, threshold
 from optaxclip._clip import clip
-from optaxclip._numbers import TOO_LARGE
+from optaxclip._numbers import TOO_LARGE, part
 from optaxclip.measure import Measure, global_norm, leaf_norm
+from optaxclip.measure.looks import in_range
 from optaxclip.measure.shards import AxisName
 from optaxclip.record import ClipState
 from optaxclip.threshold import Threshold
@@ -120,7 +122,9 @@ def adagc(
     First, for T steps: G <- G min(1, lambda_abs / ||G||), and gamma_i = min_t ||g_i||. Then
     g_i <- g_i min(1, lambda_rel gamma_i / ||g_i||), gamma_i <- beta gamma_i + (1 - beta) ||g_i||
     with the clipped g_i. Half of ordinary steps are clipped a little: it also smooths. In a chain
-    it comes first. Metrics are named "tree/norm" and "leaf/norm", there being two clips.
+    it comes first. Metrics are named "tree/norm" and "leaf/norm", there being two clips. Both clip
+    the norms of the leaves, and each leaf is multiplied once; with nonfinite="sanitize", or a
+    measure of your own, they clip the gradients one after the other.
 
     Args:
       ratio: lambda_rel >= 0.
@@ -169,33 +173,75 @@ def adagc(
     _check.steps(warmup=warmup)
     off, fixed = threshold.constant(math.inf), threshold.constant(max_norm)
     early = threshold.until(warmup, _wary(fixed), off)
-    tree = clip(global_norm(axis_name=axis_name), early, nonfinite=nonfinite, record=record)
     own = threshold.ema_ratio(ratio, decay=decay, warmup=warmup)
-    leaf = adaptive(
-        measure,
-        leaf_norm(axis_name=axis_name),
-        # A leaf that has seen zeros or NaN is not done with its warm-up when the global one ends.
-        threshold.fallback(own, threshold.until(warmup, off, fixed)),
-        patience=patience,
-        warmup=warmup,
-        min_norm=min_norm,
-        nonfinite=nonfinite,
-        record=record,
-    )
-    clips = {"tree": tree, "leaf": leaf}
-    # Which one is first decides what gamma learns in the warm-up.
-    order = ("tree", "leaf") if convention == "paper" else ("leaf", "tree")
+
+    def clips(whole: Measure, parts: Measure) -> dict[str, optax.GradientTransformation]:
+        tree = clip(whole, early, nonfinite=nonfinite, record=record)
+        leaf = adaptive(
+            None,
+            parts,
+            # A leaf that saw zeros or NaN is not done with its warm-up when the global one ends.
+            threshold.fallback(own, threshold.until(warmup, off, fixed)),
+            patience=patience,
+            warmup=warmup,
+            min_norm=min_norm,
+            nonfinite=nonfinite,
+            record=record,
+        )
+        # Which one is first decides what gamma learns in the warm-up.
+        both = {"tree": tree, "leaf": leaf}
+        return both if convention == "paper" else dict(reversed(both.items()))
+
+    leaves = leaf_norm(axis_name=axis_name)
+    of_grads = clips(global_norm(axis_name=axis_name), leaves if measure is None else measure)
+    of_norms = clips(global_norm(axis_name=()), _EACH)  # which are whole everywhere
 
     def init(params: Any) -> AdaGCState:
-        return AdaGCState(tree.init(params), leaf.init(params))
+        return AdaGCState(of_grads["tree"].init(params), of_grads["leaf"].init(params))
 
     def update(grads: Any, state: AdaGCState, params: Any = None) -> tuple[Any, AdaGCState]:
-        states = {}
-        for name in order:
-            grads, states[name] = clips[name].update(grads, getattr(state, name), params)
-        return grads, AdaGCState(**states)
+        # Each entry that is bad and becomes zero is another norm.
+        if measure is not None or nonfinite == "sanitize":
+            return _in_a_row(of_grads, grads, state, params)
+        floats, whole = part(grads)
+        updates, state = once(floats, state)
+        return whole(updates), state
+
+    @functools.partial(jax.jit, inline=True)
+    def once(grads: Any, state: AdaGCState) -> tuple[Any, AdaGCState]:
+        """Clips the norms of the leaves, and then every leaf to what has become of its own."""
+        norms = in_range(leaves, grads, None)
+        clipped, states = norms, {}
+        for name, each in of_norms.items():
+            before = clipped
+            clipped, states[name] = each.update(before, getattr(state, name))
+            if name == "tree":  # which has one factor for all: also where there is no quotient
+                whole = jnp.max(_quotients(clipped, before), where=before > 0, initial=0)
+        factors = jnp.where((norms == 0) & jnp.any(norms > 0), whole, _quotients(clipped, norms))
+        known = leaves._replace(norms=lambda grads, params: norms, sums=False)
+        product = clip(known, off, lambda norm, limit: factors, nonfinite=nonfinite, record=False)
+        return product.update(grads, ClipState((), None))[0], AdaGCState(**states)
 
     return optax.GradientTransformation(init, update)
+
+
+# Each number as a norm of its own: how norms are clipped as if they were gradients.
+_EACH = Measure(lambda norms, params: norms, lambda factors, norms: factors, sums=False)
+
+
+def _quotients(clipped: jax.Array, norms: jax.Array) -> jax.Array:
+    """What norms have been multiplied by: 1 where they are as they were, be that 0."""
+    same = clipped == norms
+    return jnp.where(same, 1, clipped / jnp.where(same, 1, norms))
+
+
+def _in_a_row(
+    clips: dict[str, optax.GradientTransformation], grads: Any, state: AdaGCState, params: Any
+) -> tuple[Any, AdaGCState]:
+    states = {}
+    for name, each in clips.items():
+        grads, states[name] = each.update(grads, getattr(state, name), params)
+    return grads, AdaGCState(**states)
 
 
 def _wary(limited: Threshold) -> Threshold:
