@@ -200,7 +200,7 @@ def adagc(
         return AdaGCState(of_grads["tree"].init(params), of_grads["leaf"].init(params))
 
     def update(grads: Any, state: AdaGCState, params: Any = None) -> tuple[Any, AdaGCState]:
-        # Each entry that is bad and becomes zero is another norm.
+        # "sanitize" changes norms entry by entry, and not all measures grow with a factor.
         if measure is not None or nonfinite == "sanitize":
             return _in_a_row(of_grads, grads, state, params)
         floats, whole = part(grads)
@@ -215,9 +215,9 @@ def adagc(
         for name, each in of_norms.items():
             before = clipped
             clipped, states[name] = each.update(before, getattr(state, name))
-            if name == "tree":  # which has one factor for all: also where there is no quotient
-                whole = jnp.max(_quotients(clipped, before), where=before > 0, initial=0)
-        factors = jnp.where((norms == 0) & jnp.any(norms > 0), whole, _quotients(clipped, norms))
+            if name == "tree":  # one factor for all, also for leaves of zeros
+                shared = jnp.max(_quotients(clipped, before), where=before > 0, initial=0)
+        factors = jnp.where((norms == 0) & jnp.any(norms > 0), shared, _quotients(clipped, norms))
         known = leaves._replace(norms=lambda grads, params: norms, sums=False)
         product = clip(known, off, lambda norm, limit: factors, nonfinite=nonfinite, record=False)
         return product.update(grads, ClipState((), None))[0], AdaGCState(**states)
@@ -238,6 +238,7 @@ def _quotients(clipped: jax.Array, norms: jax.Array) -> jax.Array:
 def _in_a_row(
     clips: dict[str, optax.GradientTransformation], grads: Any, state: AdaGCState, params: Any
 ) -> tuple[Any, AdaGCState]:
+    """The gradients after both clips, each of which measures what the one before has made."""
     states = {}
     for name, each in clips.items():
         grads, states[name] = each.update(grads, getattr(state, name), params)
