@@ -433,14 +433,14 @@ FAULTS = {
         ONE_DEVICE,
     ),
     "clip the tree, and then its leaves": Fault(
-        "variants/ratio.py",
+        "variants/adagc.py",
         "if measure is not None or nonfinite",
         "if True or nonfinite",
         "test_bundles.py -k adam_reads",
         ONE_DEVICE,
     ),
     "add up norms that are whole over devices": Fault(
-        "variants/ratio.py",
+        "variants/adagc.py",
         "clips(global_norm(axis_name=()), _EACH)",
         "clips(global_norm(axis_name=axis_name), _EACH)",
         "test_shard_map.py -k 'adagc'",
