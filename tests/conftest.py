@@ -1,6 +1,12 @@
-"""Hostile defaults: eight devices, strict dtypes and ranks; warnings are errors by pyproject."""
+"""Hostile defaults: eight devices, strict dtypes and ranks; warnings are errors by pyproject.
 
+Of the cells of a parametrized test, `make test` runs one in OPTAXCLIP_SHARE, and never none; the
+others have the mark `rest`, and wait for `make proof`. By hand, or by name with -k, all are run.
+"""
+
+import math
 import os
+import zlib
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
@@ -18,6 +24,24 @@ if TESTED:
 # What is written for a GPU gives the same numbers on a CPU, slower.
 if os.environ.get("OPTAXCLIP_PRETEND_GPU"):
     optaxclip._device.on_gpu = lambda: True
+
+# "4": the first quarter of cells, in an order that only depends on their names. "-4": the last one.
+SHARE = int(os.environ.get("OPTAXCLIP_SHARE", "1"))
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at -m
+def pytest_collection_modifyitems(config, items):
+    if config.option.keyword:
+        return
+    tests = {}
+    for item in items:
+        tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cells in tests.values():
+        if cells[0].get_closest_marker("whole"):
+            continue
+        cells.sort(key=lambda item: zlib.crc32(item.nodeid.encode()), reverse=SHARE < 0)
+        for item in cells[math.ceil(len(cells) / abs(SHARE)) :]:
+            item.add_marker("rest")
 
 
 @pytest.fixture(autouse=True)

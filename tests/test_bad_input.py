@@ -48,6 +48,8 @@ from streams import STEPS as LENGTH
 
 import optaxclip as oc
 
+pytestmark = pytest.mark.whole  # cheap, and each cell says something of its own
+
 # What takes arrays in the program, or a log: in the tests of these rooms.
 APART = tuple(
     f"optaxclip.{x}"

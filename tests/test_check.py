@@ -9,6 +9,8 @@ from roster import EVERY
 
 import optaxclip as oc
 
+pytestmark = pytest.mark.whole  # cheap, and each cell says something of its own
+
 ONE = oc.threshold.constant(1.0)
 PARAMS = {"body": {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}, "head": jnp.ones(4)}
 UNLIKE = [  # with the key path that an error must name

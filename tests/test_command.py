@@ -15,6 +15,8 @@ import optaxclip
 from optaxclip.command import VARIANTS, main
 from optaxclip.logs import read_run
 
+pytestmark = pytest.mark.whole  # cheap, and each cell says something of its own
+
 DATA = pathlib.Path(__file__).parent / "data" / "char_lm.csv"
 PNG = b"\x89PNG"
 

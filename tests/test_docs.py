@@ -12,6 +12,8 @@ from test_public import PUBLIC
 
 import optaxclip
 
+pytestmark = pytest.mark.whole  # cheap, and each cell says something of its own
+
 ROOT = Path(__file__).resolve().parents[1]
 # What may be in the folder before: a text with what is replaced in pages, and no text at all.
 OTHERS = {"notes.txt": b"a jax.jaxlib._jax.Array", "picture.png": b"\x89PNG\r\n\x1a\n"}

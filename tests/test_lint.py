@@ -17,6 +17,8 @@ from test_public import PUBLIC
 import optaxclip
 from optaxclip.lint import diagnose
 
+pytestmark = pytest.mark.whole  # cheap, and each cell says something of its own
+
 PARAMS = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
 LABELS = {"w": "a", "b": "b"}
 MASK = {"w": True, "b": False}

@@ -14,6 +14,8 @@ from roster import EVERY
 import optaxclip
 from optaxclip import variants
 
+pytestmark = pytest.mark.whole  # cheap, and each cell says something of its own
+
 ROOT = Path(__file__).resolve().parents[1]
 NAMESPACES = [optaxclip, optaxclip.measure, optaxclip.threshold, optaxclip.scale]
 

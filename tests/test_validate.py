@@ -21,6 +21,8 @@ from optaxclip.record import SkipMetrics, SkipRecord, start
 from optaxclip.spectral.clip import Vectors
 from optaxclip.stable_adam import Moments, StableAdamState
 
+pytestmark = pytest.mark.whole  # cheap, and each cell says something of its own
+
 
 def _classes():
     """Every NamedTuple of the package that says of its fields what they may hold."""
