@@ -12,7 +12,8 @@ import optax
 
 from . import _check
 from ._entries import Entries, bounded
-from ._numbers import TOO_LARGE, TOO_SMALL, is_bad, narrowed, part, sanitized, where, widen
+from ._memory import blank, each_memory, limited
+from ._numbers import any_narrow, is_bad, narrowed, part, sanitized, where, widen
 from ._place import abstract_norms, beside
 from ._summary import Groups, observe
 from .measure import Measure
@@ -20,8 +21,8 @@ from .measure.looks import Measured, packed_in_range
 from .measure.shards import behind_a_barrier
 from .record import ClipState, start
 from .scale import rescale
-from .threshold import Clock, Threshold
-from .threshold.base import choose, is_uniform
+from .threshold import Threshold
+from .threshold.base import is_uniform
 
 Tree = Any
 Scale = Callable[[jax.Array, jax.Array], jax.Array]
@@ -105,7 +106,7 @@ def clip(
         floats, _ = part(params)
         norms = abstract_norms(measure, floats)
         place = beside(floats)
-        memory = jax.tree.map(lambda norm: place(_blank(threshold, norm), norm), norms)
+        memory = jax.tree.map(lambda norm: place(blank(threshold, norm), norm), norms)
         if not jax.tree.leaves(memory):
             memory = ()  # so that nothing ties later gradients to these parameters
         return ClipState(memory, place(start()) if record else None)
@@ -120,7 +121,7 @@ def clip(
             finite = measured.unpacked(finite)
             measured = measured.as_is(measure, measured.unpacked(measured.norms), grads)
         norms, treedef = jax.tree.flatten(measured.norms)
-        memories = _apart(state.memory, treedef, norms, threshold)
+        memories = each_memory(state.memory, treedef, norms, threshold)
         limits: list[jax.Array] = []
         entries: list[Entries] = []
         scaled: list[Groups] = []
@@ -130,7 +131,7 @@ def clip(
         for i, (norm, ok) in enumerate(zip(norms, jax.tree.leaves(finite), strict=True)):
             # One limit for all entries is one number.
             shown = jnp.zeros((), norm.dtype) if bounds and uniform else norm
-            limit, memories[i] = _limited(threshold, shown, ok, memories[i])
+            limit, memories[i] = limited(threshold, shown, ok, memories[i])
             limits.append(limit)
             if bounds:
                 entries.append(Entries(leaves[i], norm, ok, limit, uniform, nonfinite))
@@ -160,41 +161,6 @@ def _is_entrywise(scale: Scale) -> bool:
     return (getattr(scale, "__module__", None) or "").startswith("optaxclip.scale.")
 
 
-def _blank(threshold: Threshold, norm: jax.ShapeDtypeStruct) -> Tree:
-    """The memory before the first step, made sure that it can be kept group by group."""
-    memory = threshold.init(norm)
-    for x in jax.tree.leaves(memory, is_leaf=_is_clock):
-        if not _is_clock(x) and x.shape[max(x.ndim - len(norm.shape), 0) :] != norm.shape:
-            raise ValueError(
-                f"an array in the memory of a threshold must have the shape of the norms, "
-                f"{norm.shape}, with any axes in front; got {x.shape}. A Clock counts steps."
-            )
-    return memory
-
-
-def _apart(memory: Tree, treedef: Any, norms: list[jax.Array], threshold: Threshold) -> list[Tree]:
-    """One memory per array of norms."""
-    if not jax.tree.leaves(memory):
-        return [threshold.init(norm) for norm in norms]
-    try:
-        memories: list[Tree] = treedef.flatten_up_to(memory)
-    except ValueError:
-        message = "these gradients have other float leaves than the params given to init"
-        raise ValueError(message) from None
-    for norm, own in zip(norms, memories, strict=True):
-        for x in jax.tree.leaves(own, is_leaf=_is_clock):
-            if not _is_clock(x) and x.shape[x.ndim - norm.ndim :] != norm.shape:
-                raise ValueError(
-                    f"these gradients have norms of shape {norm.shape}, those of the params given "
-                    f"to init had {x.shape[x.ndim - norm.ndim :]}"
-                )
-    return memories
-
-
-def _is_clock(x: Any) -> bool:
-    return isinstance(x, Clock)
-
-
 def _measured(measure: Measure, grads: Tree, params: Tree, nonfinite: str) -> tuple[Measured, Tree]:
     """The norms that count under the policy, and whether those of `grads` itself are finite.
 
@@ -203,45 +169,11 @@ def _measured(measure: Measure, grads: Tree, params: Tree, nonfinite: str) -> tu
     found = packed_in_range(measure, grads, params)
     finite = jax.tree.map(jnp.isfinite, found.norms)
     if nonfinite == "sanitize":
-        clean = jax.tree.map(sanitized, grads)
+        # From XLA, which would write what is sanitized, for norm and product. Narrow, it does so.
+        hidden = grads if any_narrow(grads) else behind_a_barrier(grads)
+        clean = jax.tree.map(sanitized, hidden)
         found = found._replace(norms=packed_in_range(measure, clean, params).norms)
     return found, finite
-
-
-def _limited(
-    threshold: Threshold, norm: jax.Array, finite: jax.Array, memory: Tree
-) -> tuple[jax.Array, Tree]:
-    """The limit, and the memory as it was wherever the norm teaches nothing."""
-    if not _remembers_norms(memory):
-        limit, memory = threshold.update(jnp.where(jnp.isfinite(norm), norm, 0), memory)
-        return limit.astype(norm.dtype), memory
-    size = norm.astype(jnp.float32)  # as all memories are
-    telling = finite & (size >= TOO_SMALL) & (size < TOO_LARGE)
-    shown = jnp.where(jnp.isfinite(size), jnp.minimum(size, TOO_LARGE), 0)
-    limit, learned = threshold.update(shown, memory)
-    # A hyperparameter that is traced and bad for a step must not be for ever.
-    telling &= ~is_bad(limit)
-    telling &= _stays_finite(learned, memory, norm.ndim)
-    # Where there is no limit yet, for lack of a past, that is no licence for such a norm.
-    limit = jnp.where((size >= TOO_LARGE) & (limit >= TOO_LARGE), 0, limit)
-    # A float64 norm is not above a limit for what rounding it took away.
-    wide = limit.astype(norm.dtype)
-    wide = jnp.where(size <= limit, jnp.maximum(wide, norm), wide)
-    return wide, choose(telling, learned, memory)
-
-
-def _stays_finite(learned: Tree, memory: Tree, ndim: int) -> jax.Array:
-    """Group by group, whether nothing in a memory has become inf or NaN."""
-    finite = jnp.ones((), bool)
-    both = (jax.tree.leaves(m, is_leaf=_is_clock) for m in (learned, memory))
-    for new, old in zip(*both, strict=True):
-        if not _is_clock(new):  # a threshold of one's own may begin with inf
-            finite &= jnp.all(jnp.isfinite(new) | ~jnp.isfinite(old), range(new.ndim - ndim))
-    return finite
-
-
-def _remembers_norms(memory: Tree) -> bool:
-    return not all(map(_is_clock, jax.tree.leaves(memory, is_leaf=_is_clock)))
 
 
 def _scaled(
@@ -291,7 +223,7 @@ def _multiplied(grads: Tree, factors: Tree, counts: Tree, scale: Scale, nonfinit
     each = functools.partial(jax.tree.broadcast, full_tree=grads)
     is_1 = jax.tree.map(lambda factor: factor == 1, factors)
     hidden = grads
-    if any(grad.dtype.itemsize < 4 for grad in jax.tree.leaves(grads)):
+    if any_narrow(grads):
         # From XLA, which would widen once for norm and product, and write that to memory. What is
         # unchanged is not taken from there: in a loop, jax 0.12 flushes bfloat16 on its way.
         hidden = behind_a_barrier(grads)

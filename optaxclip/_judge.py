@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ._clip import _apart, _blank, _limited, _stays_finite
+from ._memory import blank, each_memory, limited, stays_finite
 from ._numbers import TOO_LARGE, as_like
 from ._place import abstract_norms, beside
 from ._range import Steps
@@ -79,7 +79,7 @@ def start(judge: Judge, params: Tree) -> SkipRecord:
     """What is known before the first step, beside the parameters."""
     place = beside(params)
     norms = abstract_norms(judge.measure, params)
-    norm = jax.tree.map(lambda norm: place(_blank(judge.norm, norm), norm), norms)
+    norm = jax.tree.map(lambda norm: place(blank(judge.norm, norm), norm), norms)
     if not jax.tree.leaves(norm):
         norm = ()  # so that nothing ties later gradients to these parameters
     loss = judge.loss.init(jax.ShapeDtypeStruct((), jnp.float32))
@@ -93,9 +93,9 @@ def judged(
     """Whether to skip the step, as () bool, and what is known after it."""
     memory, metrics = record
     measured, treedef = jax.tree.flatten(in_range(judge.measure, grads, params))
-    own = _apart(memory.norm, treedef, measured, judge.norm)
+    own = each_memory(memory.norm, treedef, measured, judge.norm)
     pairs = zip(measured, own, strict=True)
-    norms = [_group(_limited, judge.norm, norm, before) for norm, before in pairs]
+    norms = [_group(limited, judge.norm, norm, before) for norm, before in pairs]
     losses = []
     if loss is not None:
         losses = [_group(_loss_limited, judge.loss, _over_devices(loss), memory.loss)]
@@ -131,10 +131,10 @@ def _group(limited: Callable[..., Any], rule: Threshold, size: jax.Array, memory
 def _loss_limited(
     rule: Threshold, loss: jax.Array, finite: jax.Array, memory: Tree
 ) -> tuple[jax.Array, Tree]:
-    """As `_limited` does for norms, but 0 and less are losses like others."""
+    """As `limited` does for norms, but 0 and less are losses like others."""
     limit, learned = rule.update(jnp.where(finite, loss, 0), memory)
     telling = finite & (jnp.abs(loss) < TOO_LARGE) & ~jnp.isnan(limit)
-    telling &= _stays_finite(learned, memory, loss.ndim)
+    telling &= stays_finite(learned, memory, loss.ndim)
     return limit, choose(telling, learned, memory)
 
 

@@ -182,6 +182,11 @@ def _is_narrow(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits in (8, 16)
 
 
+def any_narrow(tree: Any) -> bool:
+    """Whether a leaf has entries of less than 32 bits."""
+    return any(x.dtype.itemsize < 4 for x in jax.tree.leaves(tree))
+
+
 def from_float(x: jax.Array) -> jax.Array:
     """Its bits, as unsigned integers."""
     return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{jnp.finfo(x.dtype).bits}"))

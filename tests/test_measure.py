@@ -11,6 +11,7 @@ from oracles import norm, tree_norm
 import optaxclip as oc
 from optaxclip import measure
 from optaxclip.measure.arithmetic import p_norm
+from optaxclip.measure.reductions import maximum
 
 ORDERS = [1, 1.5, 2, 3, np.inf]
 FLOAT32 = 2e-6  # a few roundings of 2^-24
@@ -72,6 +73,30 @@ def test_derivative_of_a_norm(ord, x):
 
     np.testing.assert_allclose(slope[x != 0], expected[x != 0], rtol=1e-5, atol=1e-6)
     assert (np.abs(slope) <= 1 + 1e-6).all()
+
+
+@pytest.mark.parametrize("axes", [None, (1,), (0,)])
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, 3e38, None])
+def test_the_largest_of_many_entries(axes, bad):
+    """Of a large leaf, NaN of either sign is the largest, and a maximum has a derivative."""
+    x = np.array(trees.normal(512, 300))
+    if bad is not None:
+        x[300, 200] = bad
+
+    norms, back = jax.vjp(jax.jit(lambda x: p_norm(x, np.inf, axes)), x)
+
+    expected = np.abs(x).max(axes, keepdims=True)
+    np.testing.assert_array_equal(norms, expected)
+    if bad is None:
+        (slope,) = back(jnp.ones_like(norms))
+        np.testing.assert_array_equal(slope, np.sign(x) * (np.abs(x) == expected))
+
+
+def test_a_nan_that_a_processor_makes_is_the_largest():
+    """Of inf x 0 it has a sign, on x86, and as an integer is below all sizes."""
+    bad = jnp.ones(2**17).at[7].set(jnp.inf)
+    zeros = jnp.zeros_like(bad)
+    assert jnp.isnan(jax.jit(lambda x, y: maximum(x * y, None))(bad, zeros)).all()
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (1, 8), (6, 3), (2, 3, 4), (2, 2, 3, 4), (2,) * 5])

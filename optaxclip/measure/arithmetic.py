@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
@@ -17,10 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaxclip import _device
-from optaxclip._numbers import is_known, largest, real_dtype, where_positive, widen
+from optaxclip._numbers import real_dtype, where_positive, widen
 
-from . import shards
+from . import reductions, shards
 from .base import Axes
 from .shards import Names
 
@@ -32,15 +30,6 @@ EUCLIDEAN: Final[Any] = np.int64(2)
 WIDE = (1, 2)
 
 _UNDERIVED = contextvars.ContextVar("underived", default=False)
-
-# A sum over so few entries, which lie so far apart, is one that the library XLA:CPU calls for sums
-# is slow at: 24 x (181, 724) take it 24 ms (jax 0.10.2). It takes no complex numbers, and XLA's own
-# loop over these takes 0.56. From 33 entries on, that loop is slow.
-FEW, MANY = 32, 2**14
-
-# Columns of a leaf of at least so many entries are added up in so many parts, if they are longer
-# than FEW.
-LEAST, PARTS = 2**15, 8
 
 
 def is_fast_in_float64(tree: Any) -> bool:
@@ -88,132 +77,25 @@ def power_sum(
     """
     x = widen(x)
     if ord == EUCLIDEAN:
-        return _total(squared(x), axes, after, rare=rare)
+        return reductions.total(squared(x), axes, after, rare=rare)
     size = jnp.abs(x)
     if ord == 1:
-        return _total(size, axes, after, rare=rare)
-    peak = largest(size, axes)
+        return reductions.total(size, axes, after, rare=rare)
+    peak = reductions.maximum(size, axes, after)
     if ord == math.inf:
         return peak
     raised, peak = _raised(size, peak, ord)
     return peak * _pth_root(jnp.sum(raised, axes, keepdims=True), ord)
 
 
-def _total(
-    x: jax.Array, axes: Axes | None, after: jax.Array | None = None, *, rare: bool = False
-) -> jax.Array:
-    """The sum over axes, which stay with size 1."""
-    here = _device.on_cpu() and shards.is_in_one_place(x)
-    if here and x.dtype == jnp.float64:
-        return _by_rows(x, range(x.ndim) if axes is None else axes, after)
-    if here and not rare and axes and _have_parts(x, axes) and not shards.in_a_stack():
-        return _by_parts(x, axes, after)
-    return _at_once(x, axes)
-
-
-def _at_once(x: jax.Array, axes: Axes | None) -> jax.Array:
-    """The sum over axes, which stay with size 1, as XLA takes it."""
-    add = functools.partial(jnp.sum, axis=axes, keepdims=True)
-    if x.dtype != jnp.float32 or axes is None or len(axes) != 1:
-        return add(x)
-    few, many = x.shape[axes[0]], math.prod(x.shape[axes[0] + 1 :])
-    known = is_known(few) and is_known(many)
-    if not (known and 1 < few <= FEW and many > MANY):
-        return add(x)
-
-    def as_complex(x: jax.Array) -> jax.Array:
-        return jnp.real(add(jax.lax.complex(x, jnp.zeros_like(x))))
-
-    return jax.lax.platform_dependent(x, cpu=as_complex, default=add)
-
-
-def _have_parts(x: jax.Array, axes: Axes) -> bool:
-    """Whether a sum is of columns of more than FEW entries, or of whatever lies like these."""
-    leading = tuple(axes) == tuple(range(len(axes))) and len(axes) < x.ndim
-    return leading and x.size >= LEAST and math.prod(x.shape[: len(axes)]) > FEW
-
-
-def _by_parts(x: jax.Array, axes: Axes, after: jax.Array | None) -> jax.Array:
-    """The sum over the first axes, which stay with size 1: first of eighths, entry by entry.
-
-    That is a loop of XLA's own, which writes an eighth; the library that XLA:CPU calls for sums is
-    slower at columns. Of squares of gpt2's matrices, 10 M entries: 4.2 -> 2.4 ms, of bfloat16 2.6
-    -> 1.8 (jax 0.12: 3.2 -> 2.6, 2.3 -> 2.1); four parts 2.9, six 2.6, twelve 3.0 ms.
-    """
-    shape = x.shape[len(axes) :]
-    rows = x.reshape(-1, *shape)
-    length = rows.shape[0] // PARTS
-    part = lambda i: jax.lax.slice_in_dim(rows, i * length, (i + 1) * length)
-    sums = added([part(i) for i in range(PARTS)])
-    # Selected, which the library cannot do, or it would take the additions too.
-    always = jnp.full(sums.shape, _zero(after) == 0)
-    sums = _at_once(jax.lax.select(always, sums, jnp.zeros_like(sums)), (0,))
-    if PARTS * length < rows.shape[0]:
-        sums += _at_once(rows[PARTS * length :], (0,))
-    return sums.reshape(*[1] * len(axes), *shape)
-
-
-def _by_rows(x: jax.Array, axes: Sequence[int], after: jax.Array | None) -> jax.Array:
-    """The sum of float64 numbers over axes, which stay with size 1, of an array in one place."""
-    shape = x.shape[: x.ndim - len(axes)]
-    if tuple(axes) != tuple(range(len(shape), x.ndim)):
-        return jnp.sum(x, axes, keepdims=True)
-    rows = math.prod(shape) if shape else _device.rows_for_cores(x.size)
-    each = _sums_of_rows(x.reshape(rows, x.size // max(rows, 1)), _zero(after))
-    return (each if shape else jnp.sum(each)).reshape(*shape, *[1] * len(axes))
-
-
-def _zero(after: jax.Array | None) -> jax.Array:
-    """An integer of which XLA does not know that it is 0: no size is negative.
-
-    What it is needed for cannot begin before these sizes are there.
-    """
-    if after is None:
-        return jax.lax.optimization_barrier(jnp.int32(0))
-    return jnp.any(after < 0).astype(jnp.int32)
-
-
-@jax.custom_jvp
-def _sums_of_rows(x: jax.Array, zero: jax.Array) -> jax.Array:
-    """The sum of each row, in a loop of XLA's own: there is an integer beside the sum.
-
-    The library that XLA:CPU calls for sums has none such, and takes twice as long: 10 M entries
-    2.5 ms in place of 1.2, and 1.3 where they are float32.
-
-    Args:
-      x: float64, (rows, columns).
-      zero: as `_zero`, which says what the sum waits for; if XLA knew it and `x`, it would work out
-        the sum while compiling, 1000 x 1000 in 3 s.
-    """
-    add = lambda a, b: (a[0] + b[0], a[1] + b[1])
-    start = (np.float64(0), np.int32(0))
-    both = jax.lax.reduce((x, jnp.full(x.shape, zero)), start, add, (1,))
-    return jax.lax.optimization_barrier(tuple(both))[0]  # or XLA would drop the integers
-
-
-@_sums_of_rows.defjvp
-def _sums_of_rows_jvp(
-    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, Any]
-) -> tuple[jax.Array, jax.Array]:
-    return _sums_of_rows(*primals), jnp.sum(tangents[0], axis=1)
-
-
 def square_sum(leaves: Sequence[jax.Array]) -> jax.Array:
     """The sum of the squares of leaves of one shape, as ()."""
-    return _total(squares_of(leaves), None).reshape(())
+    return reductions.total(squares_of(leaves), None).reshape(())
 
 
 def squares_of(leaves: Sequence[jax.Array]) -> jax.Array:
     """The squares of leaves of one shape, added entry by entry."""
-    return added([squared(widen(x)) for x in leaves])
-
-
-def added(arrays: Sequence[jax.Array]) -> jax.Array:
-    """Their sum, entry by entry, in pairs: a chain of sixteen would round sixteen times."""
-    while len(arrays) > 1:
-        odd = arrays[len(arrays) & ~1 :]
-        arrays = [*map(jax.lax.add, arrays[::2], arrays[1::2]), *odd]
-    return arrays[0]
+    return reductions.added([squared(widen(x)) for x in leaves])
 
 
 def joined(sums: jax.Array, ord: float, over: Names) -> jax.Array:

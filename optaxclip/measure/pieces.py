@@ -24,8 +24,8 @@ import jax.numpy as jnp
 from optaxclip import _device
 from optaxclip._numbers import apart, as_one, end_to_end, of_one_dtype, opaque
 
-from . import bundles
-from .arithmetic import EUCLIDEAN, added, joined, power_sum, square_sum
+from . import bundles, reductions
+from .arithmetic import EUCLIDEAN, joined, power_sum, square_sum
 from .base import Axes, Fun, kept
 from .bundles import SMALL, Bundle
 from .shards import in_a_stack, is_in_one_place
@@ -57,7 +57,7 @@ def total(parts: list[Bundle], fun: Callable[[jax.Array], jax.Array]) -> jax.Arr
     of_piece = lambda x: [square_sum([fun(x)])]
     sums = [total for leaves in small.values() for (total,) in _in_pieces(leaves, of_piece)]
     sums.append(jnp.sum(bundles.sums(bundles.together(alone), EUCLIDEAN)))
-    return added(of_one_dtype(sums))
+    return reductions.added(of_one_dtype(sums))
 
 
 def power_sums(

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from optaxclip._numbers import as_like, where_positive
 
+NEAR_1 = 2.0**-42  # and above 1 / it, squares may leave the range of float32
+
 
 def rate(decay: Any) -> Any:
     """1 - decay, the weight of the new norm, before float32 rounds decay: 6e-5 off at 0.999.
@@ -25,15 +27,19 @@ def mean(old: jax.Array, new: jax.Array, decay: Any) -> jax.Array:
 
 
 def root_mean_square(old: jax.Array, new: jax.Array, decay: Any) -> jax.Array:
-    """The root of decay x old^2 + (1 - decay) x new^2, in units of the larger of both.
+    """The root of decay x old^2 + (1 - decay) x new^2, whose squares stay in range.
 
-    The squares of norms leave the range of float32 long before the norms do.
+    Those of norms leave that of float32 long before the norms do, so that these are brought near 1
+    by a power of two, which rounds nothing. Quotients by the larger of both would do as well; but
+    XLA:CPU writes them to memory, an array each where every entry has a norm.
     """
-    unit = jnp.maximum(old, new)
-    unit = jnp.where(unit > 0, unit, 1)
-    return unit * where_positive(
-        jnp.sqrt, mean(jnp.square(old / unit), jnp.square(new / unit), decay)
-    )
+    most = jnp.maximum(old, new)
+    # Of what is up to 2^44 then, a square below 2^-126 is too small a part of the sum to count.
+    choice = lambda low, high: jnp.where(most < NEAR_1, low, jnp.where(most > 1 / NEAR_1, high, 1))
+    power = choice(NEAR_1**-2, NEAR_1**2).astype(most.dtype)
+    back = choice(NEAR_1**2, NEAR_1**-2).astype(most.dtype)
+    total = mean(jnp.square(old * power), jnp.square(new * power), decay)
+    return where_positive(jnp.sqrt, total) * back
 
 
 def weight(seen: jax.Array, decay: Any, dtype: Any = jnp.float32) -> jax.Array:
