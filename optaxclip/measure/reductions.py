@@ -26,8 +26,8 @@ from .base import Axes
 # loop over these takes 0.56. From 33 entries on, that loop is slow.
 FEW, MANY = 32, 2**14
 
-# Columns of a leaf of at least so many entries are added up in so many parts, if they are longer
-# than FEW.
+# What is large enough for parts of it to be added first, entry by entry. And how many there are of
+# columns, if these are longer than FEW.
 LEAST, PARTS = 2**15, 8
 
 UNSIGNED = np.int32(0x7FFFFFFF)  # all bits of a float32 but its sign
@@ -88,10 +88,18 @@ def _by_parts(x: jax.Array, axes: Axes, after: jax.Array | None) -> jax.Array:
 
 
 def _by_rows(x: jax.Array, axes: Sequence[int], after: jax.Array | None) -> jax.Array:
-    """The sum of float64 numbers over axes, which stay with size 1, of an array in one place."""
+    """The sum of float64 numbers over axes, which stay with size 1, of an array in one place.
+
+    Halves of rows of large arrays are added first, entry by entry in the same loop, which waits for
+    each of its sums: `clip_by_block_rms` over Optax's, SGD, leaves of 3 to 12 M entries: 1.07 to
+    1.12 -> 0.97 to 0.99 (AdamW 1.04 -> 1.01; noise 0.03), and so with quarters. Of 0.07 to 0.3 M
+    it is within noise.
+    """
     if not _are_last(axes, x.ndim):
         return jnp.sum(x, axes, keepdims=True)
     rows, shape = _rows(x, axes)
+    if len(axes) == x.ndim and x.size >= LEAST and rows.shape[1] % 2 == 0:
+        rows = added(jnp.split(rows, 2, axis=1))
     each = _sums_of_rows(rows, _zero(after))
     return (each if each.size == math.prod(shape) else jnp.sum(each)).reshape(shape)
 
