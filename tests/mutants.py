@@ -448,7 +448,7 @@ FAULTS = {
     ),
     "square norms as they are": Fault(
         "threshold/averages.py",
-        "    power = choice(NEAR_1**-2, NEAR_1**2)",
+        "    power = choice(SHIFT, 1 / SHIFT)",
         "    power = choice(1, 1)",
         "test_threshold_oracles.py -k oracle",
         ONE_DEVICE,

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 
 from optaxclip._numbers import as_like, where_positive
 
-NEAR_1 = 2.0**-42  # and above 1 / it, squares may leave the range of float32
+# From LOW to HIGH, squares stay in the range of float32, and so does a part of 2^-82 of them. What
+# is beyond, between 2^-107 and 2^148, is there times SHIFT or 1 / SHIFT.
+LOW, HIGH, SHIFT = 2.0**-22, 2.0**63, 2.0**85
 
 
 def rate(decay: Any) -> Any:
@@ -29,15 +31,14 @@ def mean(old: jax.Array, new: jax.Array, decay: Any) -> jax.Array:
 def root_mean_square(old: jax.Array, new: jax.Array, decay: Any) -> jax.Array:
     """The root of decay x old^2 + (1 - decay) x new^2, whose squares stay in range.
 
-    Those of norms leave that of float32 long before the norms do, so that these are brought near 1
-    by a power of two, which rounds nothing. Quotients by the larger of both would do as well; but
+    Those of norms leave that of float32 long before the norms do, so that these are multiplied by
+    a power of two, which rounds nothing. Quotients by the larger of both would do as well; but
     XLA:CPU writes them to memory, an array each where every entry has a norm.
     """
     most = jnp.maximum(old, new)
-    # Of what is up to 2^44 then, a square below 2^-126 is too small a part of the sum to count.
-    choice = lambda low, high: jnp.where(most < NEAR_1, low, jnp.where(most > 1 / NEAR_1, high, 1))
-    power = choice(NEAR_1**-2, NEAR_1**2).astype(most.dtype)
-    back = choice(NEAR_1**2, NEAR_1**-2).astype(most.dtype)
+    choice = lambda low, high: jnp.where(most < LOW, low, jnp.where(most > HIGH, high, 1))
+    power = choice(SHIFT, 1 / SHIFT).astype(most.dtype)
+    back = choice(1 / SHIFT, SHIFT).astype(most.dtype)
     total = mean(jnp.square(old * power), jnp.square(new * power), decay)
     return where_positive(jnp.sqrt, total) * back
 
