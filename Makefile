@@ -42,19 +42,23 @@ SHARE := 4
 proof suite: export OPTAXCLIP_SHARE = $(SHARE)
 
 # Not `python -m pytest`, which would put the checkout before the wheel.
+TESTS = OPTAXCLIP_TESTED=wheel $(BIN)/pytest -q -n auto --dist worksteal
+define with_one_device
+	XLA_FLAGS=$(ONE_DEVICE) $(TESTS) $(1) tests/test_bundles.py tests/test_pieces.py \
+	  tests/test_clip.py tests/test_measure.py tests/test_record.py tests/test_cotangent.py \
+	  tests/test_observe.py
+	XLA_FLAGS=$(ONE_DEVICE) OPTAXCLIP_PRETEND_GPU=1 $(TESTS) $(1) tests/test_clip.py \
+	  tests/test_measure.py tests/test_record.py tests/test_pieces.py
+endef
+
 suite:
 	@$(BIN)/python -c "import jax, sys; print('Python', sys.version.split()[0], 'jax', jax.__version__)"
-	OPTAXCLIP_TESTED=wheel $(BIN)/pytest -q -n auto --dist worksteal --durations=10 \
-	  --pyargs optaxclip tests/ $(ARGS)
-	XLA_FLAGS=$(ONE_DEVICE) OPTAXCLIP_TESTED=wheel $(BIN)/pytest -q -n auto --dist worksteal \
-	  tests/test_bundles.py tests/test_pieces.py tests/test_clip.py tests/test_measure.py \
-	  tests/test_record.py tests/test_cotangent.py tests/test_observe.py
-	XLA_FLAGS=$(ONE_DEVICE) OPTAXCLIP_PRETEND_GPU=1 OPTAXCLIP_TESTED=wheel $(BIN)/pytest -q -n auto \
-	  --dist worksteal tests/test_clip.py tests/test_measure.py tests/test_record.py \
-	  tests/test_pieces.py
+	$(TESTS) --durations=10 --pyargs optaxclip tests/ $(ARGS)
+	$(call with_one_device)
 
 proof: venv ## the long proofs, and the cells that `make test` leaves out (three hours)
-	$(BIN)/pytest -q -m "proof or rest" -n auto --dist worksteal --durations=20 tests/ $(ARGS)
+	$(TESTS) -m "proof or rest" --durations=20 tests/ $(ARGS)
+	$(call with_one_device,-m rest)
 
 matrix: venv ## the table of checks and variants, into out/compatibility.md (20 minutes)
 	$(BIN)/python tests/matrix.py $(ARGS)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import _check
+from . import _check, _device
 from ._entries import Entries, bounded
 from ._memory import blank, each_memory, limited
 from ._numbers import any_narrow, is_bad, narrowed, part, sanitized, where, widen
@@ -169,8 +169,10 @@ def _measured(measure: Measure, grads: Tree, params: Tree, nonfinite: str) -> tu
     found = packed_in_range(measure, grads, params)
     finite = jax.tree.map(jnp.isfinite, found.norms)
     if nonfinite == "sanitize":
-        # From XLA, which would write what is sanitized, for norm and product. Narrow, it does so.
-        hidden = grads if any_narrow(grads) else behind_a_barrier(grads)
+        # From XLA:CPU, which would sanitize once for norm and update, and write that to memory. Of
+        # narrow floats, it writes what is sanitized for the norm in any case.
+        twice = _device.on_cpu() and not any_narrow(grads)
+        hidden = behind_a_barrier(grads) if twice else grads
         clean = jax.tree.map(sanitized, hidden)
         found = found._replace(norms=packed_in_range(measure, clean, params).norms)
     return found, finite

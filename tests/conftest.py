@@ -34,14 +34,19 @@ def pytest_collection_modifyitems(config, items):
     if config.option.keyword:
         return
     tests = {}
-    for item in items:
+    for item in filter(may_be_left, items):
         tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for cells in tests.values():
-        if cells[0].get_closest_marker("whole"):
-            continue
         cells.sort(key=lambda item: zlib.crc32(item.nodeid.encode()), reverse=SHARE < 0)
         for item in cells[math.ceil(len(cells) / abs(SHARE)) :]:
             item.add_marker("rest")
+
+
+def may_be_left(item):
+    """Whether it is a cell that would run, were there no shares, of a test that has any."""
+    skipped = any(mark.args[0] for mark in item.iter_markers("skipif"))
+    marked = any(item.get_closest_marker(name) for name in ("proof", "whole"))
+    return not skipped and not marked
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from roster import BEYOND, EVERY, Variant
 from strategies import OTHERS
 
 import optaxclip as oc
-from optaxclip._clip import TOO_LARGE
+from optaxclip._numbers import TOO_LARGE
 
 BATCH = 2  # how many steps a law can compare at once
 SMALLEST = 2.0**-126  # the smallest normal number of float32

@@ -76,10 +76,11 @@ def test_derivative_of_a_norm(ord, x):
 
 
 @pytest.mark.parametrize("axes", [None, (1,), (0,)])
-@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, 3e38, None])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 3e38, None])
 def test_the_largest_of_many_entries(axes, bad):
-    """Of a large leaf, NaN of either sign is the largest, and a maximum has a derivative."""
+    """Of a large leaf, NaN is the largest, and ties have equal shares of the derivative."""
     x = np.array(trees.normal(512, 300))
+    x[[0, 0, 0, 400], [1, 2, 3, 5]] = 9.0
     if bad is not None:
         x[300, 200] = bad
 
@@ -89,14 +90,17 @@ def test_the_largest_of_many_entries(axes, bad):
     np.testing.assert_array_equal(norms, expected)
     if bad is None:
         (slope,) = back(jnp.ones_like(norms))
-        np.testing.assert_array_equal(slope, np.sign(x) * (np.abs(x) == expected))
+        ties = np.abs(x) == expected
+        share = np.sign(x) * ties / ties.sum(axes, keepdims=True)
+        np.testing.assert_allclose(slope, share, rtol=1e-6)
 
 
-def test_a_nan_that_a_processor_makes_is_the_largest():
-    """Of inf x 0 it has a sign, on x86, and as an integer is below all sizes."""
-    bad = jnp.ones(2**17).at[7].set(jnp.inf)
-    zeros = jnp.zeros_like(bad)
-    assert jnp.isnan(jax.jit(lambda x, y: maximum(x * y, None))(bad, zeros)).all()
+def test_a_nan_with_a_sign_is_the_largest():
+    """x86 makes such of inf x 0, and as an integer it is below all sizes."""
+    x = np.ones(2**17, np.float32)
+    x[7] = np.copysign(np.float32(np.nan), np.float32(-1))
+    assert x.view(np.int32)[7] < 0
+    assert jnp.isnan(jax.jit(lambda x: maximum(x, None))(x)).all()
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (1, 8), (6, 3), (2, 3, 4), (2, 2, 3, 4), (2,) * 5])

@@ -9,6 +9,7 @@ import trees
 from limits import RULES
 
 from optaxclip import threshold
+from optaxclip.threshold.averages import root_mean_square
 
 
 def limits(thresholds, norms):
@@ -248,3 +249,19 @@ def test_clocks_run_on_when_norms_are_learned_anew():
     np.testing.assert_array_equal(bounded, [1, 2, 3, 4, 5, 6, 7])
     np.testing.assert_array_equal(later, [1, 1, 1, 200, 200, 200, 200])
     assert [int(memory.all.clock.step), int(memory.run.clock.step)] == [7, 7]
+
+
+@pytest.mark.parametrize("power", [-100, -60, -47, -30, -23, -22, -10, 0, 20, 39, 40, 43, 60, 63])
+def test_mean_square_of_norms_of_any_size(power):
+    """Right, with its derivative, for what is learned, and for a memory that XLA knows to be 0."""
+    decay, x, zero = 0.75, jnp.float32(1.5 * 2.0**power), jnp.float32(0)
+    mean = lambda old, new: root_mean_square(old, new, decay)
+
+    first = jax.jit(lambda new: mean(zero, new))(x)
+    last = jax.jit(lambda old: mean(old, zero))(x)
+    slopes = jax.jit(jax.grad(mean, (0, 1)))(x, x)
+
+    np.testing.assert_allclose(np.float64(first) / x, np.sqrt(0.25), rtol=1e-6)
+    np.testing.assert_allclose(np.float64(last) / x, np.sqrt(0.75), rtol=1e-6)
+    np.testing.assert_allclose(slopes, (0.75, 0.25), rtol=1e-6)
+    assert mean(x, x) == x

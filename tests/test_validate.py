@@ -14,7 +14,7 @@ from roster import EVERY
 
 import optaxclip as oc
 from optaxclip import validate_state
-from optaxclip._clip import TOO_LARGE
+from optaxclip._numbers import TOO_LARGE
 from optaxclip._range import Range, _of_class
 from optaxclip.observe import BINS, RECENT
 from optaxclip.record import SkipMetrics, SkipRecord, start

@@ -9,7 +9,7 @@ import pytest
 from lived import LEARNS, replaced, run
 
 from optaxclip import validate_state
-from optaxclip._clip import TOO_LARGE
+from optaxclip._numbers import TOO_LARGE
 
 
 def as_norm(x):

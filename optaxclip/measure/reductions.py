@@ -160,34 +160,35 @@ def maximum(x: jax.Array, axes: Axes | None, after: jax.Array | None = None) -> 
     here = _device.on_cpu() and shards.is_in_one_place(x) and x.size >= _device.LARGE
     if not here or x.dtype != jnp.float32 or not _are_last(axes, x.ndim):
         return largest(x, axes)
-    rows, shape = _rows(x, axes)
-    each = _maxima_of_rows(rows, _zero(after))
-    return (each if each.size == math.prod(shape) else jnp.max(each)).reshape(shape)
+    return _maximum_by_rows(x, _zero(after), axes)
 
 
-@jax.custom_jvp
-def _maxima_of_rows(x: jax.Array, zero: jax.Array) -> jax.Array:
-    """The maximum of each row, NaN if there is one, in a loop of XLA's own.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _maximum_by_rows(x: jax.Array, zero: jax.Array, axes: Axes) -> jax.Array:
+    """The maximum over the last axes, which stay with size 1, in a loop of XLA's own.
 
     It is of integers, which are in the order of the sizes, NaN above inf, but for a sign that NaN
     may have. There is a count beside it, or XLA would write them to memory, too, and take maxima of
     maxima.
 
     Args:
-      x: float32, >= 0, (rows, columns).
+      x: float32, >= 0.
       zero: as of `_sums_of_rows`.
+      axes: the last ones.
     """
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32) & UNSIGNED
+    rows, shape = _rows(x, axes)
+    bits = jax.lax.bitcast_convert_type(rows, jnp.int32) & UNSIGNED
     both = maxima_and_counts([bits], [bits > zero], (1,))
-    return jax.lax.bitcast_convert_type(jax.lax.optimization_barrier(both)[0], x.dtype)
+    each = jax.lax.bitcast_convert_type(jax.lax.optimization_barrier(both)[0], x.dtype)
+    return (each if each.size == math.prod(shape) else jnp.max(each)).reshape(shape)
 
 
-@_maxima_of_rows.defjvp
-def _maxima_of_rows_jvp(
-    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, Any]
+@_maximum_by_rows.defjvp
+def _maximum_by_rows_jvp(
+    axes: Axes, primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, Any]
 ) -> tuple[jax.Array, jax.Array]:
-    plain = lambda x: largest(x, (1,)).reshape(-1)
-    return _maxima_of_rows(*primals), jax.jvp(plain, primals[:1], tangents[:1])[1]
+    plain = functools.partial(largest, axes=axes)  # whose derivative is shared by all ties
+    return _maximum_by_rows(*primals, axes), jax.jvp(plain, primals[:1], tangents[:1])[1]
 
 
 def added(arrays: Sequence[jax.Array]) -> jax.Array:

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from optaxclip._numbers import as_like, where_positive
 
-# From LOW to HIGH, squares stay in the range of float32, and so does a part of 2^-82 of them. What
-# is beyond, between 2^-107 and 2^148, is there times SHIFT or 1 / SHIFT.
-LOW, HIGH, SHIFT = 2.0**-22, 2.0**63, 2.0**85
+# From LOW to HIGH, squares and what derivatives take of them stay far inside the range of float32.
+# What is learned beyond, from 2^-100 to 2^64, is there times SHIFT or 1 / SHIFT, whose squares are
+# in range as well: of a memory that XLA knows to be 0, it makes SHIFT^2 x 0^2.
+LOW, HIGH, SHIFT = 2.0**-22, 2.0**40, 2.0**61
 
 
 def rate(decay: Any) -> Any:
