@@ -125,7 +125,7 @@ def test_cliff_throws_off_what_is_not_clipped(load):
 def test_exploding_rnn(tmp_path):
     """A large learning rate diverges: to inf without a clip, to a finite loss with one."""
     done = run(
-        "exploding_rnn.py", "--seeds", 2, "--steps", 40, "--lrs", "0.001,3",
+        "exploding_rnn.py", "--seeds", 2, "--steps", 40, "--lrs", "0.001,10",
         "--clippers", "none,global_norm", "--out", tmp_path,
     )  # fmt: skip
 
@@ -133,9 +133,7 @@ def test_exploding_rnn(tmp_path):
     table = rows(done.stdout)
     none, clipped = ([row for row in table if row[0] == n] for n in ("none", "global_norm"))
     assert (none[0][1], clipped[0][1]) == ("50 %", "50 %")
-    assert none[1][2] == "inf"
-    # How large a loss is that went astray is up to the rounding of its processor: 92, or beyond 99.
-    assert float(clipped[1][2].removeprefix(">")) > 50
+    assert (none[1][2], clipped[1][2]) == ("inf", ">99")
     assert (tmp_path / "exploding_rnn.png").read_bytes().startswith(b"\x89PNG")
 
 
