@@ -99,19 +99,6 @@ def _where_bits_jvp(
     return _where_bits(*primals), _where(primals[0], tangents[1], tangents[2])
 
 
-def largest(x: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
-    """The maximum of sizes, >= 0, over axes, which stay with size 1; NaN if there is one.
-
-    Where XLA takes the maximum of floats over the devices of a mesh, it drops NaN: on eight CPU
-    devices, the maximum of a leaf with a NaN in one shard was finite on all of them. A sum keeps
-    it, and one of squares is NaN in no other case. (Of 10 M entries, max takes 1.3 ms, this 1.9, a
-    sum of `x` 10, any(isnan(x)) 50 and a maximum of their bits as integers, alone in its loop, 15.)
-    """
-    most = jnp.max(x, axes, keepdims=True, initial=0)  # 0 of no entries
-    bad = jnp.isnan(jnp.sum(jnp.square(x), axes, keepdims=True))
-    return jnp.where(bad, jnp.full_like(most, jnp.nan), most)
-
-
 def maxima_and_counts(
     sizes: Sequence[jax.Array], masks: Sequence[jax.Array], axes: Sequence[int]
 ) -> list[jax.Array]:

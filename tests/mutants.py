@@ -61,7 +61,7 @@ FAULTS = {
         "test_bundles.py -k elsewhere",
     ),
     "lose a NaN in a maximum over devices": Fault(
-        "_numbers.py",
+        "measure/reductions.py",
         "return jnp.where(bad, jnp.full_like(most, jnp.nan), most)",
         "return most",
         "test_mesh.py -k nan",

@@ -81,7 +81,7 @@ def power_sum(
     size = jnp.abs(x)
     if ord == 1:
         return reductions.total(size, axes, after, rare=rare)
-    peak = reductions.maximum(size, axes, after)
+    peak = reductions.largest(size, axes, after)
     if ord == math.inf:
         return peak
     raised, peak = _raised(size, peak, ord)
