@@ -384,6 +384,20 @@ FAULTS = {
         "test_pieces.py -k waits_for_no_later",
         ONE_DEVICE,
     ),
+    "lay leaves together whose sums are float64": Fault(
+        "measure/pieces.py",
+        "most = TINY if added_as(jax.typeof(leaf).dtype) == jnp.float64 else SMALL",
+        "most = SMALL",
+        "test_bundles.py -k only_tiny",
+        ONE_DEVICE,
+    ),
+    "add up float64 leaf by leaf": Fault(
+        "measure/bundles.py",
+        "any_size = _device.on_cpu() and leaf.dtype == jnp.float64",
+        "any_size = False",
+        "test_bundles.py -k large_leaves",
+        ONE_DEVICE,
+    ),
     "divide before a norm is known to be finite": Fault(
         "measure/norms.py",
         "found = [sizes.astype(jnp.float32) for sizes in found]",

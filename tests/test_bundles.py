@@ -11,8 +11,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import optaxclip as oc
 from optaxclip.measure import bundles
 from optaxclip.measure.arithmetic import square_sum
+from optaxclip.measure.looks import in_range
 
 ONE = pytest.mark.skipif(jax.device_count() > 1, reason="without a mesh: make test has one device")
+# XLA:CPU of jax 0.12 writes some products that are used twice to memory, which jax 0.10's does not.
+LATER = jax.__version_info__ >= (0, 12)
 
 
 def on(axis_type, specs, devices=1):
@@ -47,6 +50,31 @@ def test_what_is_not_alike_is_apart():
     tree |= {f"big {i}": jnp.tile(tree["0"], (32, 1)) for i in range(2)}
 
     assert lengths(tree) == [1, 1, 1, 1, 2]
+
+
+@ONE
+def test_large_leaves_are_in_small_bundles_if_their_squares_are_float64():
+    """There one loop over up to four is faster; of float32 it is slower, and each is alone."""
+    tree = {str(i): jnp.ones((128, 128)) for i in range(9)}
+    with jax.enable_x64(True):
+        wide = {k: x.astype(jnp.float64) for k, x in tree.items()}
+
+    assert lengths(tree) == [1] * 9
+    assert lengths(wide) == [3, 3, 3]
+
+
+@ONE
+@pytest.mark.parametrize(
+    ("dtype", "size", "laid"),
+    [(jnp.float32, 2**11, True), (jnp.float32, 2**12, False), (jnp.bfloat16, 2**12, True)],
+)
+def test_only_tiny_leaves_are_laid_together_for_sums_in_float64(dtype, size, laid):
+    """Of larger ones such a piece takes three times as long as bundles; bfloat16 has other sums."""
+    tree = {str(i): jnp.ones(size, dtype) for i in range(8)}
+    norm = jax.jit(lambda tree: in_range(oc.measure.global_norm(), tree, None))
+
+    assert (f"tensor<{8 * size + 1}x" in norm.lower(tree).as_text()) == laid
+    assert norm(tree) == np.sqrt(np.float32(8 * size))
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
@@ -172,11 +200,13 @@ def test_adam_reads_sanitized_entries_without_an_array_of_them():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_clippy_writes_no_quotients(dtype):
     """The largest of them is found where they are worked out."""
-    assert temporary(optax.chain(optax.sgd(0.1), oc.clippy()), dtype) < 0.01
+    updates = 0.5 if LATER and dtype == jnp.bfloat16 else 0  # what SGD makes of the gradients
+    assert temporary(optax.chain(optax.sgd(0.1), oc.clippy()), dtype) < updates + 0.01
 
 
 @ONE
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_second_moment_per_entry_has_no_quotients(dtype):
     """Two new arrays of its memory, what makes v unbiased, and a root: XLA shares what is dear."""
-    assert temporary(oc.clip_by_second_moment(), dtype) < 4.2
+    sizes = 1 / 3 if LATER else 0  # for the metrics, of two leaves at a time; each quotient is 1
+    assert temporary(oc.clip_by_second_moment(), dtype) < 4.01 + sizes
