@@ -1,4 +1,4 @@
-"""Small leaves that are alike are summed in one loop; big temporary arrays are not made."""
+"""Leaves that are alike are summed in one loop; big temporary arrays are not made."""
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ def test_bundles_are_of_one_length_if_they_can(leaves, expected):
 
 
 def test_what_is_not_alike_is_apart():
-    """Leaves of another shape, dtype or size than a small one's are in no bundle with others."""
+    """Leaves of another shape or dtype are in no bundle with others, nor are large float32 ones."""
     tree = on(AxisType.Explicit, [WHOLE] * 2)
     tree["bfloat16"] = tree["0"].astype(jnp.bfloat16)
     tree["flat"] = tree["0"].reshape(-1)
@@ -61,6 +61,20 @@ def test_large_leaves_are_in_small_bundles_if_their_squares_are_float64():
 
     assert lengths(tree) == [1] * 9
     assert lengths(wide) == [3, 3, 3]
+
+
+@ONE
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.complex64])
+def test_the_norm_of_large_bundles_sees_each_of_their_leaves(dtype):
+    """With four, three and one leaf in bundles, each counts, and is seen where it is not finite."""
+    shapes = [(96, 97)] * 7 + [(97, 96)] + [(50, 51)] * 5
+    tree = {str(i): trees.normal(*s, seed=i).astype(dtype) for i, s in enumerate(shapes)}
+    norm = jax.jit(lambda tree: in_range(oc.measure.global_norm(), tree, None))
+    whole = np.concatenate([np.ravel(x) for x in tree.values()]).astype(np.complex128)
+
+    assert np.isclose(norm(tree), np.linalg.norm(whole), rtol=4 * 2.0**-24)
+    for name, x in tree.items():
+        assert np.isnan(norm(tree | {name: x.at[-1, -1].set(jnp.nan)})), name
 
 
 @ONE
@@ -200,13 +214,14 @@ def test_adam_reads_sanitized_entries_without_an_array_of_them():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_clippy_writes_no_quotients(dtype):
     """The largest of them is found where they are worked out."""
-    updates = 0.5 if LATER and dtype == jnp.bfloat16 else 0  # what SGD makes of the gradients
-    assert temporary(optax.chain(optax.sgd(0.1), oc.clippy()), dtype) < updates + 0.01
+    written = 0.5 if LATER and dtype == jnp.bfloat16 else 0  # the bfloat16 updates that SGD makes
+    assert temporary(optax.chain(optax.sgd(0.1), oc.clippy()), dtype) < written + 0.01
 
 
 @ONE
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_second_moment_per_entry_has_no_quotients(dtype):
-    """Two new arrays of its memory, what makes v unbiased, and a root: XLA shares what is dear."""
-    sizes = 1 / 3 if LATER else 0  # for the metrics, of two leaves at a time; each quotient is 1
-    assert temporary(oc.clip_by_second_moment(), dtype) < 4.01 + sizes
+    """Its memory is copied, as each array is a loop on a CPU, and what makes v unbiased is dear."""
+    metrics = 4 / 3 if LATER else 0  # the norms once more, and roots of two leaves beside them
+    assert temporary(oc.clip_by_second_moment(record=False), dtype) < 3.01
+    assert temporary(oc.clip_by_second_moment(), dtype) < 3.01 + metrics

@@ -3,7 +3,8 @@
 XLA makes a loop of every sum. The squares of up to sixteen leaves of one shape, added entry by
 entry before they are summed, are one loop for all of them, without a copy: of 960 leaves of 64
 entries, XLA:CPU takes the norm in 0.51 ms in place of 1.35, and of 1200 leaves it compiles it in
-0.7 s in place of 1.0. On one CPU device, :mod:`.pieces` take the place of those of small leaves.
+0.7 s in place of 1.0. On one CPU device, :mod:`.pieces` take the place of those of the smallest
+leaves; where squares are float64, large leaves are in bundles, too, of up to four.
 """
 
 from __future__ import annotations
@@ -15,18 +16,19 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip import _device
-from optaxclip._numbers import is_known, of_one_dtype
+from optaxclip._numbers import is_known, of_one_dtype, real_dtype
 
 from .arithmetic import EUCLIDEAN, joined, power_sum, square_sum
 from .base import Tree, places
 from .shards import AxisName, Names, is_in_one_place, layout, split_over
 
 MOST = 16  # leaves in a bundle; of 8 to 32, the fastest
-# Entries of a leaf: 480 leaves of 4096 take 0.79 ms in bundles and 0.93 alone, 240 of 16384 take
-# 1.43 and 0.93.
+# Entries of a leaf: by sums in float32, 480 leaves of 4096 take 0.79 ms in bundles and 0.93 alone,
+# 240 of 16384 take 1.43 and 0.93.
 SMALL = 2**13
 # Larger leaves in a bundle, where a CPU adds up float64: 240 of 16384 take 2.3 ms in bundles and
-# 3.0 alone, 150 of 34,848 2.7 and 3.2, 16 of 2^20 4.5 and 5.2; with sixteen 2.6, 3.9 and 6.8.
+# 3.0 alone, 150 of 34,848 2.7 and 3.2, 16 of 2^20 4.5 and 5.2; with sixteen 2.6, 3.9 and 6.8. (On
+# a busy machine.)
 MOST_LARGE = 4
 
 
@@ -51,7 +53,7 @@ def together(ones: list[Bundle]) -> list[Bundle]:
     return [
         Bundle([each.leaves[0] for each in part], part[0].over)
         for group in groups.values()
-        for part in alike(group, MOST if group[0].leaves[0].size <= SMALL else MOST_LARGE)
+        for part in alike(group, _most(group))
     ]
 
 
@@ -85,11 +87,16 @@ def sums(parts: list[Bundle], ord: float) -> jax.Array:
     return jax.lax.optimization_barrier(jnp.stack(found)) if found else jnp.zeros(0, jnp.float32)
 
 
+def _most(group: list[Bundle]) -> int:
+    """How many leaves that are alike may be in a bundle; the size of one alone may be unknown."""
+    return MOST if len(group) == 1 or group[0].leaves[0].size <= SMALL else MOST_LARGE
+
+
 def _key(leaf: jax.Array) -> tuple[Any, ...] | None:
     """What leaves must have in common to be added entry by entry; None for one that stays alone."""
     where = layout(leaf)
-    any_size = _device.on_cpu() and leaf.dtype == jnp.float64
-    if where is None or not is_known(leaf.size) or not (leaf.size <= SMALL or any_size):
+    may_be_large = _device.on_cpu() and real_dtype(leaf) == jnp.float64
+    if where is None or not is_known(leaf.size) or not (leaf.size <= SMALL or may_be_large):
         return None
     return leaf.shape, leaf.dtype, where
 

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip import _device
-from optaxclip._numbers import apart, as_one, end_to_end, of_one_dtype, opaque
+from optaxclip._numbers import apart, as_one, end_to_end, of_one_dtype, opaque, real_dtype
 
 from . import bundles, reductions
 from .arithmetic import EUCLIDEAN, joined, power_sum, square_sum
@@ -30,11 +30,12 @@ from .base import Axes, Fun, kept
 from .bundles import SMALL, Bundle
 from .shards import in_a_stack, is_in_one_place
 
-# Entries. 480 leaves of 4096 take 1.93 ms in such pieces, 2.8 in twice as large ones, 2.3 in half
-# as large ones and 1.87 in bundles.
+# Entries. By sums in float32, 480 leaves of 4096 take 1.93 ms in such pieces, 2.8 in twice as large
+# ones, 2.3 in half as large ones and 1.87 in bundles.
 PIECE = 2**15
-# Entries of a leaf in pieces of float64 sums. Of 960 leaves of 2048, these and bundles take 5.4 and
-# 5.1 ms, of 4096 13.7 and 5.1, of 8192 16.8 and 5.9.
+# Entries of a leaf in pieces whose sums are float64. Of 960 leaves of 4096, these and bundles take
+# 13.7 and 5.1 ms, of 8192 16.8 and 5.9. Of 2048 and fewer they take as long, and pieces compile
+# faster where leaves are not alike.
 TINY = 2**11
 # Entries, at least, of a group of leaves whose norms are an array, and how many groups there are,
 # but for one of small leaves and one of the last, as each is some loops more to compile.
@@ -50,12 +51,16 @@ def total(parts: list[Bundle], fun: Callable[[jax.Array], jax.Array]) -> jax.Arr
       fun: entry by entry, so that it may be applied before or after leaves are laid together; of 0
         it must be 0, for pieces are filled up with zeros.
     """
-    added_as = functools.cache(lambda dtype: jax.eval_shape(fun, jnp.zeros((), dtype)).dtype)
+
+    @functools.cache
+    def most(dtype: Any) -> int:
+        added = real_dtype(jax.eval_shape(fun, jax.ShapeDtypeStruct((), dtype)))
+        return TINY if added == jnp.float64 else SMALL
+
     alone, small = [], dict[Any, list[jax.Array]]()
     for part in parts:
         leaf = part.leaves[0]
-        most = TINY if added_as(jax.typeof(leaf).dtype) == jnp.float64 else SMALL
-        if are_worth(part) and leaf.size <= most:
+        if are_worth(part) and leaf.size <= most(jax.typeof(leaf).dtype):
             small.setdefault(jax.typeof(leaf).dtype, []).append(leaf)
         else:
             alone.append(part._replace(leaves=[fun(leaf)]))
