@@ -159,6 +159,7 @@ def test_other_registrations_stay():
         register_for_export(third)
 
 
+@pytest.mark.whole  # each cell measures in a room of its own
 @pytest.mark.parametrize(
     "make",
     [oc.clip_by_global_norm, oc.clip_by_norm, oc.clip_by_value, oc.adaptive_grad_clip],
