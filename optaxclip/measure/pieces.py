@@ -53,14 +53,15 @@ def total(parts: list[Bundle], fun: Callable[[jax.Array], jax.Array]) -> jax.Arr
     """
 
     @functools.cache
-    def most(dtype: Any) -> int:
+    def longest(dtype: Any) -> int:
+        """How many entries a leaf in a piece may have."""
         added = real_dtype(jax.eval_shape(fun, jax.ShapeDtypeStruct((), dtype)))
         return TINY if added == jnp.float64 else SMALL
 
     alone, small = [], dict[Any, list[jax.Array]]()
     for part in parts:
         leaf = part.leaves[0]
-        if are_worth(part) and leaf.size <= most(jax.typeof(leaf).dtype):
+        if are_worth(part) and leaf.size <= longest(jax.typeof(leaf).dtype):
             small.setdefault(jax.typeof(leaf).dtype, []).append(leaf)
         else:
             alone.append(part._replace(leaves=[fun(leaf)]))
