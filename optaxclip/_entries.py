@@ -145,7 +145,8 @@ def _extremes(leaves: list[jax.Array], limit: jax.Array) -> tuple[jax.Array, ...
     # Nothing is above inf; and what is below the normal numbers is not above 0, as XLA:CPU has it.
     allowed = jnp.clip(allowed, NORMAL - 1, BAD - 1)
     read = functools.partial(_read, allowed=allowed)
-    found = map(read, _laid_together(leaves)) if _device.on_gpu() else pieces.each(leaves, read)
+    on_gpu = _device.on_gpu()
+    found = [read([x]) for x in _laid_together(leaves)] if on_gpu else pieces.each(leaves, read)
     most, turned, above = map(as_one, zip(*found, strict=True))
     most, least = jnp.max(most), jnp.maximum(jnp.max(turned), NORMAL) - NORMAL
     sizes = [jax.lax.bitcast_convert_type(x, jnp.float32) for x in (most, least)]
@@ -153,15 +154,17 @@ def _extremes(leaves: list[jax.Array], limit: jax.Array) -> tuple[jax.Array, ...
     return *sizes, *(jnp.sum(x.astype(jnp.float32)) for x in (above, most >= BAD))
 
 
-def _read(x: jax.Array, allowed: jax.Array) -> list[jax.Array]:
+def _read(leaves: Sequence[jax.Array], allowed: jax.Array) -> Sequence[jax.Array]:
     """Of each row: the largest size, the largest finite one turned, how many finite are above."""
     # As integers, which XLA:CPU may reorder, and so makes fast. With NORMAL added, those of inf and
     # NaN wrap around, below all others. In bfloat16 such operations, not memory, bound an H200: a
     # comparison and a selection more, and four results, took it 1.14 of the limit in place of 1.08.
-    x, axes = _device.in_rows(x)
-    bits = _bits(jnp.abs(widen(x)))
-    turned = bits + NORMAL
-    return maxima_and_counts([bits, turned], [turned > allowed + NORMAL], axes)
+    each, axes = zip(*map(_device.in_rows, leaves), strict=True)
+    bits = [_bits(jnp.abs(widen(x))) for x in each]
+    turned = [x + NORMAL for x in bits]
+    most = [functools.reduce(jnp.maximum, sizes) for sizes in (bits, turned)]
+    above = functools.reduce(jnp.add, [(x > allowed + NORMAL).astype(jnp.int32) for x in turned])
+    return maxima_and_counts(most, [above], axes[0])
 
 
 def _laid_together(leaves: list[jax.Array]) -> list[jax.Array]:

@@ -1,5 +1,7 @@
 """Leaves that are alike are summed in one loop; big temporary arrays are not made."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,18 +81,44 @@ def test_the_norm_of_large_bundles_sees_each_of_their_leaves(dtype):
         assert np.isnan(norm(tree | {name: x.at[-1, -1].set(jnp.nan)})), name
 
 
+def lays_together(fun, tree):
+    """Whether all entries of the tree are written behind each other."""
+    size, text = sum(x.size for x in tree.values()), jax.jit(fun).lower(tree).as_text()
+    laid = re.findall(r"stablehlo\.concatenate.*-> tensor<(\d+)x", text)
+    return any(int(n) in (size, size + 1) for n in laid)
+
+
 @ONE
 @pytest.mark.parametrize(
     ("dtype", "size", "laid"),
     [(jnp.float32, 2**11, True), (jnp.float32, 2**12, False), (jnp.bfloat16, 2**12, True)],
 )
-def test_only_tiny_leaves_are_laid_together_for_sums_in_float64(dtype, size, laid):
-    """Of larger ones such a piece takes three times as long as bundles; bfloat16 has other sums."""
+@pytest.mark.parametrize("measure", [oc.measure.global_norm, oc.measure.leaf_norm])
+def test_only_tiny_leaves_are_laid_together_for_sums_in_float64(measure, dtype, size, laid):
+    """Of larger ones such a piece takes twice as long and more; bfloat16 has other sums."""
     tree = {str(i): jnp.ones(size, dtype) for i in range(8)}
-    norm = jax.jit(lambda tree: in_range(oc.measure.global_norm(), tree, None))
+    norms = lambda tree: in_range(measure(), tree, None)
 
-    assert (f"tensor<{8 * size + 1}x" in norm.lower(tree).as_text()) == laid
-    assert norm(tree) == np.sqrt(np.float32(8 * size))
+    assert lays_together(norms, tree) == laid
+    assert np.isclose(np.linalg.norm(norms(tree)), np.sqrt(8 * size), rtol=2 * 2.0**-24)
+
+
+@ONE
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("size", "laid"), [(2**11, True), (2**12, False)])
+def test_only_metrics_of_tiny_leaves_are_of_what_is_laid_together(dtype, size, laid):
+    """Of others that are alike, one loop reads up to sixteen, where they are."""
+    tx = oc.clip_by_value()
+    step = lambda tree: tx.update(tree, tx.init(tree))
+
+    def tree(leaves):
+        return {str(i): jnp.ones(size, dtype) for i in range(leaves)}
+
+    def reductions(leaves):
+        return jax.jit(step).lower(tree(leaves)).as_text().count("stablehlo.reduce(")
+
+    assert lays_together(step, tree(8)) == laid
+    assert reductions(8) == reductions(16) < reductions(17)
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")

@@ -145,7 +145,10 @@ def test_looking_again_has_few_operations():
 
 # Leaves that are alike, enough for three pieces of each kind, and some that lie apart.
 ALIKE = (
-    [(1000,)] * 70 + [(10, 10, 4, 3)] * 60 + [(2, 8192), (7,), (0,), (), ()] + [(40, 25), (3, 9000)]
+    [(1000,)] * 70
+    + [(10, 10, 4, 3)] * 60
+    + [(2, 8192), (7,), (0,), (), (), (40, 25), (3, 9000)]
+    + [(64, 64)] * 5
 )
 
 
@@ -232,7 +235,7 @@ def in_range_of(name):
 
 
 @pytest.mark.parametrize("scale", [1e-36, 1e-25, 1e25, 1e35, np.inf, np.nan])
-@pytest.mark.parametrize("place", ["000", "001", "032", "069", "100", "130"])
+@pytest.mark.parametrize("place", ["000", "001", "032", "069", "100", "130", "139"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["leaves", "units"])
 def test_one_leaf_out_of_range_is_the_only_one(name, dtype, place, scale):

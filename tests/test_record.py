@@ -309,7 +309,11 @@ def test_one_limit_for_all_entries_is_read_as_one_for_each(bad, limit, nonfinite
         "scalar": jnp.float32(-3.0),
         "subnormal": jnp.float32([1e-39, -1e-41]),
         "none": jnp.zeros((0, 2)),
+        # On a CPU, these are read together.
+        **{f"alike {i}": jnp.asarray(rng.normal(size=(64, 50)), jnp.float32) for i in range(3)},
     }
+    grads["alike 1"] = grads["alike 1"].at[0, : len(BAD[bad])].set(jnp.float32(BAD[bad]))
+    grads["alike 2"] = grads["alike 2"].at[63, 49].set(-9.0)  # the largest finite one
     one = oc.threshold.constant(jnp.float32(limit))
     each = one._replace(update=functools.partial(one.update))
     metrics = lambda limits: jax.jit(

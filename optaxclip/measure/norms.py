@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -184,27 +185,18 @@ def _of_leaves(
     ord: float, axis_name: AxisName, counts: Callable[[Tree], np.ndarray] | None = None
 ) -> Packing:
     """The packing of one norm per leaf, over what is counted there."""
-
-    def groups(grads: Tree) -> list[tuple[np.ndarray, list[Bundle], list[Axes]]]:
-        """The places of leaves that are measured together, in that order; these; their axes."""
-        parts = bundles.single(grads, axis_name)
-        axes = [tuple(range(part.leaves[0].ndim)) for part in parts]
-        found = []
-        # After a second look, which is one branch, all would wait for all nevertheless.
-        looks_once = ord == math.inf or (ord in WIDE and is_fast_in_float64(grads))
-        for group in pieces.in_turn(parts) if looks_once else [range(len(parts))]:
-            some, over = [parts[i] for i in group], [axes[i] for i in group]
-            found.append((np.array(group, int)[pieces.order(some, over)], some, over))
-        return found
+    groups = lambda grads: _groups(grads, ord, axis_name)
 
     def norms(grads: Tree, params: Tree, fun: Fun, *own: list[jax.Array]) -> list[jax.Array]:
         del params
         plan = groups(grads)
         each = zip(*own, strict=True) if own else [()] * len(plan)
+        small = _longest(grads, ord)
         found: list[jax.Array] = []
         last = None
         for (_, parts, axes), mine in zip(plan, each, strict=True):
-            found.append(root(pieces.power_sums(parts, axes, ord, fun, mine, after=last), ord))
+            sums = pieces.power_sums(parts, axes, ord, fun, mine, after=last, small=small)
+            found.append(root(sums, ord))
             # Else all that are added up in float64 would be read before any is clipped.
             last = pieces.awaited(found[-1], parts)
         found = of_one_dtype(found)
@@ -231,6 +223,37 @@ def _of_leaves(
         return like_leaves([found[i] for i in back(grads)], grads)
 
     return Packing(norms, unpacked, spread, wide=ord in WIDE)
+
+
+class _Group(NamedTuple):
+    """Leaves that are measured together."""
+
+    order: np.ndarray  # their places in the tree, as their norms are behind each other
+    parts: list[Bundle]
+    axes: list[Axes]
+
+
+def _groups(grads: Tree, ord: float, axis_name: AxisName) -> list[_Group]:
+    parts = bundles.single(grads, axis_name)
+    axes = [tuple(range(part.leaves[0].ndim)) for part in parts]
+    # After a second look, which is one branch, all would wait for all nevertheless.
+    looks_once = ord == math.inf or _is_wide(grads, ord)
+    small = _longest(grads, ord)
+    found = []
+    for group in pieces.in_turn(parts, small) if looks_once else [range(len(parts))]:
+        some, over = [parts[i] for i in group], [axes[i] for i in group]
+        order = np.array(group, int)[pieces.order(some, over, small)]
+        found.append(_Group(order, some, over))
+    return found
+
+
+def _longest(grads: Tree, ord: float) -> int:
+    return pieces.longest(wide=_is_wide(grads, ord))
+
+
+def _is_wide(grads: Tree, ord: float) -> bool:
+    """Whether one CPU adds up the leaves in float64."""
+    return ord in WIDE and is_fast_in_float64(grads)
 
 
 def _one_per_leaf(factors: jax.Array, grads: Tree) -> Tree:

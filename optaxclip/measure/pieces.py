@@ -53,15 +53,14 @@ def total(parts: list[Bundle], fun: Callable[[jax.Array], jax.Array]) -> jax.Arr
     """
 
     @functools.cache
-    def longest(dtype: Any) -> int:
-        """How many entries a leaf in a piece may have."""
+    def most(dtype: Any) -> int:
         added = real_dtype(jax.eval_shape(fun, jax.ShapeDtypeStruct((), dtype)))
-        return TINY if added == jnp.float64 else SMALL
+        return longest(wide=added == jnp.float64)
 
     alone, small = [], dict[Any, list[jax.Array]]()
     for part in parts:
         leaf = part.leaves[0]
-        if are_worth(part) and leaf.size <= longest(jax.typeof(leaf).dtype):
+        if are_worth(part, most(jax.typeof(leaf).dtype)):
             small.setdefault(jax.typeof(leaf).dtype, []).append(leaf)
         else:
             alone.append(part._replace(leaves=[fun(leaf)]))
@@ -79,6 +78,7 @@ def power_sums(
     own: Sequence[jax.Array],
     *,
     after: jax.Array | None = None,
+    small: int = SMALL,
 ) -> jax.Array:
     """The power sums of fun(leaf, *its own) over its axes, all behind each other.
 
@@ -89,12 +89,13 @@ def power_sums(
       fun: as that of `total`.
       own: vectors like the one that is returned.
       after: as of :func:`.arithmetic.power_sum`.
+      small: as of `runs`.
 
     Returns:
       A vector, leaf by leaf as in `order`.
     """
     found: list[jax.Array] = []
-    plan = runs(parts, axes)
+    plan = runs(parts, axes, small)
     sizes = [sum(math.prod(kept(parts[i].leaves[0], axes[i])) for i in run) for run in plan]
     each = zip(*(apart(x, sizes) for x in own), strict=True) if own else [()] * len(plan)
 
@@ -117,17 +118,17 @@ def power_sums(
     return as_one(of_one_dtype(found))
 
 
-def in_turn(parts: Sequence[Bundle]) -> list[list[int]]:
+def in_turn(parts: Sequence[Bundle], small: int = SMALL) -> list[list[int]]:
     """The places of the leaves in groups, whose norms are arrays of their own.
 
     Where sums are of float64, groups are measured, and so clipped, one after the other, and leaves
     are still in a cache when they are multiplied. The first is of all that may lie beside others.
     """
     sizes = [part.leaves[0].size for part in parts]
-    small = [i for i, part in enumerate(parts) if are_worth(part)]
-    others = sorted({*range(len(parts))} - {*small})
+    first = [i for i, part in enumerate(parts) if are_worth(part, small)]
+    others = sorted({*range(len(parts))} - {*first})
     least = max(GROUP, sum(sizes[i] for i in others) // MOST)
-    groups: list[list[int]] = [small, []]
+    groups: list[list[int]] = [first, []]
     for i in others:
         groups[-1].append(i)
         if sum(sizes[j] for j in groups[-1]) >= least:
@@ -147,21 +148,21 @@ def awaited(norms: jax.Array, parts: Sequence[Bundle]) -> jax.Array:
     return opaque(jnp.max(norms)) if is_long else norms
 
 
-def runs(parts: Sequence[Bundle], axes: Sequence[Axes]) -> list[Sequence[int]]:
+def runs(parts: Sequence[Bundle], axes: Sequence[Axes], small: int = SMALL) -> list[Sequence[int]]:
     """The leaves, by their places, that are measured together: first small ones that are alike."""
     groups: dict[Hashable, list[int]] = {}
     for i, (part, over) in enumerate(zip(parts, axes, strict=True)):
         leaf = part.leaves[0]
         alike = leaf.size if len(over) == leaf.ndim else (leaf.shape, over)
-        groups.setdefault((leaf.dtype, alike) if are_worth(part) else i, []).append(i)
+        groups.setdefault((leaf.dtype, alike) if are_worth(part, small) else i, []).append(i)
     most = lambda group: max(PIECE // max(parts[group[0]].leaves[0].size, 1), 1)
     found = [run for group in groups.values() for run in bundles.alike(group, most(group))]
     return sorted(found, key=lambda run: len(run) == 1)
 
 
-def order(parts: Sequence[Bundle], axes: Sequence[Axes]) -> list[int]:
+def order(parts: Sequence[Bundle], axes: Sequence[Axes], small: int = SMALL) -> list[int]:
     """The places of the leaves in the order in which they are measured."""
-    return [i for run in runs(parts, axes) for i in run]
+    return [i for run in runs(parts, axes, small) for i in run]
 
 
 def _beside(leaves: list[jax.Array], axes: Axes, found: list[jax.Array]) -> tuple[jax.Array, Axes]:
@@ -193,33 +194,44 @@ def are_here(tree: Any) -> bool:
     return here and _device.on_cpu() and not in_a_stack()
 
 
-def are_worth(part: Bundle) -> bool:
+def longest(*, wide: bool) -> int:
+    """Entries, at most, of a leaf in a piece; wide: of what is added up in float64."""
+    return TINY if wide else SMALL
+
+
+def are_worth(part: Bundle, small: int = SMALL) -> bool:
     """Whether a leaf that is here may lie beside others."""
-    return not part.over and _is_small(part.leaves[0])
+    return not part.over and _is_small(part.leaves[0], small)
 
 
-def _is_small(leaf: jax.Array) -> bool:
+def _is_small(leaf: jax.Array, small: int) -> bool:
     # Of 8 bits, not every float has a zero.
-    return 0 < leaf.size <= SMALL and leaf.dtype.itemsize >= 2
+    return 0 < leaf.size <= small and leaf.dtype.itemsize >= 2
 
 
 def each(
-    leaves: Sequence[jax.Array], fun: Callable[[jax.Array], Sequence[jax.Array]]
+    leaves: Sequence[jax.Array], fun: Callable[[Sequence[jax.Array]], Sequence[jax.Array]]
 ) -> list[Sequence[jax.Array]]:
-    """What `fun` makes of every piece of small leaves, and of every other leaf.
+    """What `fun` makes of every piece of tiny leaves, and of every bundle of other ones.
+
+    Metrics of clip_by_value on 480 leaves of 8192 take 8.5 ms in bundles, 9.9 alone and 17 in
+    pieces, of 4096 7.5, 9.5 and 12.9; of 2048 and fewer bundles and pieces take as long, and pieces
+    of 1200 leaves compile in 11 s in place of 16.
 
     Args:
-      leaves: any; on one device, a CPU, small ones are in pieces.
-      fun: of an array of any shape; its last result is a number >= 0, or NaN. It may get zeros
+      leaves: any; on one device, a CPU, tiny ones are in pieces.
+      fun: of arrays of one shape; its last result is a number >= 0, or NaN. It may get zeros
         beyond what is in the leaves.
     """
-    small, found = dict[Any, list[jax.Array]](), list[Sequence[jax.Array]]()
+    tiny, rest = dict[Any, list[jax.Array]](), list[Bundle]()
     for leaf in leaves:
-        if _is_small(leaf) and are_here(leaf):
-            small.setdefault(leaf.dtype, []).append(leaf)
+        if _is_small(leaf, TINY) and are_here(leaf):
+            tiny.setdefault(leaf.dtype, []).append(leaf)
         else:
-            found.append(fun(leaf))
-    return [*found, *(result for group in small.values() for result in _in_pieces(group, fun))]
+            rest.append(Bundle([leaf], ()))
+    found = [fun(bundle.leaves) for bundle in bundles.together(rest)]
+    of_piece = lambda x: fun([x])
+    return [*found, *(result for group in tiny.values() for result in _in_pieces(group, of_piece))]
 
 
 def _in_pieces(
