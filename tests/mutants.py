@@ -398,6 +398,13 @@ FAULTS = {
         "test_bundles.py -k only_metrics",
         ONE_DEVICE,
     ),
+    "have leaves alone wait for those that lie together": Fault(
+        "measure/norms.py",
+        "for group in pieces.in_turn(parts, small) if looks_once",
+        "for group in pieces.in_turn(parts) if looks_once",
+        "test_pieces.py -k wait_for_each_other",
+        ONE_DEVICE,
+    ),
     "read one entry's size for those beside it": Fault(
         "_entries.py",
         "most = [functools.reduce(jnp.maximum, sizes) for",

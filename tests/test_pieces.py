@@ -15,6 +15,7 @@ import optaxclip as oc
 from optaxclip import _device, _numbers
 from optaxclip.measure import pieces
 from optaxclip.measure.looks import in_range
+from optaxclip.measure.norms import _groups
 
 pytestmark = pytest.mark.skipif(
     jax.device_count() > 1, reason="without a mesh: make test has one device"
@@ -559,6 +560,22 @@ def test_groups_of_leaves_are_few_and_have_each_leaf_once():
         assert len(others) <= pieces.MOST + 1
         assert [i for group in others for i in group] == sorted(i for g in others for i in g)
         assert all(sizes[group].sum() >= pieces.GROUP for group in others[:-1])
+
+
+@cpu
+@pytest.mark.parametrize(
+    ("dtype", "p", "most"),
+    [(jnp.float32, 2, pieces.TINY), (jnp.bfloat16, 2, pieces.SMALL), (jnp.float32, np.inf, 2**13)],
+)
+def test_only_leaves_that_lie_together_wait_for_each_other(dtype, p, most):
+    """They are the first group; and of those that look twice, which is one branch, all are one."""
+    sizes = [2**11, 2**12, 2**13, 2**14] * 2
+    groups = _groups([jnp.ones(n, dtype) for n in sizes], p, None)
+
+    first = {sizes[i] for i in groups[0].order}
+    assert max(first) == (2**14 if dtype == jnp.bfloat16 else most)
+    assert {group.small for group in groups} == {most}
+    assert sorted(i for group in groups for i in group.order) == [*range(8)]
 
 
 def test_a_norm_of_float64_leaves_has_a_derivative():

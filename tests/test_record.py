@@ -329,6 +329,18 @@ def test_one_limit_for_all_entries_is_read_as_one_for_each(bad, limit, nonfinite
 
 
 @ONE
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_one_bad_entry_is_seen_in_each_leaf_that_is_read_with_others(bad):
+    """No entry beside it hides it, and it hides none."""
+    grads = {str(i): jnp.full((64, 64), 0.5) for i in range(3)}
+    metrics = jax.jit(lambda g: once(oc.clip_by_value(), g)[1].metrics)
+    for name, x in grads.items():
+        found = metrics(grads | {name: x.at[63, 0].set(bad).at[7, 7].set(2.0)})
+        assert (found.nonfinite_steps, found.clipped_norm) == (1, 1.0), name
+        assert found.clipped == np.float32(1 / (3 * 64 * 64)), name
+
+
+@ONE
 @pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize(
     ("nonfinite", "expected"),

@@ -4,7 +4,8 @@ XLA makes a loop of every sum. The squares of up to sixteen leaves of one shape,
 entry before they are summed, are one loop for all of them, without a copy: of 960 leaves of 64
 entries, XLA:CPU takes the norm in 0.51 ms in place of 1.35, and of 1200 leaves it compiles it in
 0.7 s in place of 1.0. On one CPU device, :mod:`.pieces` take the place of those of the smallest
-leaves; where squares are float64, large leaves are in bundles, too, of up to four.
+leaves; where squares are float64, large leaves are in bundles, too, of up to four. Metrics of
+entries compare those of a bundle in the same way.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ MOST_LARGE = 4
 
 
 class Bundle(NamedTuple):
-    """Leaves whose squares are added up together."""
+    """Leaves that are read together, entry by entry."""
 
     leaves: list[jax.Array]
     over: Names  # the mapped axes over which each of them is split

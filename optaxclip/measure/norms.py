@@ -191,10 +191,9 @@ def _of_leaves(
         del params
         plan = groups(grads)
         each = zip(*own, strict=True) if own else [()] * len(plan)
-        small = _longest(grads, ord)
         found: list[jax.Array] = []
         last = None
-        for (_, parts, axes), mine in zip(plan, each, strict=True):
+        for (_, parts, axes, small), mine in zip(plan, each, strict=True):
             sums = pieces.power_sums(parts, axes, ord, fun, mine, after=last, small=small)
             found.append(root(sums, ord))
             # Else all that are added up in float64 would be read before any is clipped.
@@ -231,29 +230,22 @@ class _Group(NamedTuple):
     order: np.ndarray  # their places in the tree, as their norms are behind each other
     parts: list[Bundle]
     axes: list[Axes]
+    small: int  # entries, at most, of those that lie beside others
 
 
 def _groups(grads: Tree, ord: float, axis_name: AxisName) -> list[_Group]:
     parts = bundles.single(grads, axis_name)
     axes = [tuple(range(part.leaves[0].ndim)) for part in parts]
+    wide = ord in WIDE and is_fast_in_float64(grads)
+    small = pieces.longest(wide=wide)
     # After a second look, which is one branch, all would wait for all nevertheless.
-    looks_once = ord == math.inf or _is_wide(grads, ord)
-    small = _longest(grads, ord)
+    looks_once = ord == math.inf or wide
     found = []
     for group in pieces.in_turn(parts, small) if looks_once else [range(len(parts))]:
         some, over = [parts[i] for i in group], [axes[i] for i in group]
         order = np.array(group, int)[pieces.order(some, over, small)]
-        found.append(_Group(order, some, over))
+        found.append(_Group(order, some, over, small))
     return found
-
-
-def _longest(grads: Tree, ord: float) -> int:
-    return pieces.longest(wide=_is_wide(grads, ord))
-
-
-def _is_wide(grads: Tree, ord: float) -> bool:
-    """Whether one CPU adds up the leaves in float64."""
-    return ord in WIDE and is_fast_in_float64(grads)
 
 
 def _one_per_leaf(factors: jax.Array, grads: Tree) -> Tree:

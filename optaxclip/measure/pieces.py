@@ -33,10 +33,10 @@ from .shards import in_a_stack, is_in_one_place
 # Entries. By sums in float32, 480 leaves of 4096 take 1.93 ms in such pieces, 2.8 in twice as large
 # ones, 2.3 in half as large ones and 1.87 in bundles.
 PIECE = 2**15
-# Entries of a leaf in pieces whose sums are float64, or of which no sum is made. The norm of 960
-# leaves of 4096 takes 13.7 ms in these and 5.1 in bundles, of 8192 16.8 and 5.9; clip_by_block_rms
-# and SGD 1.2 times as long as with Optax's, and 1.0 leaf by leaf. Of 2048 and fewer they take as
-# long as bundles, and compile faster where leaves are not alike.
+# Entries of a leaf in pieces whose sums are float64, or that are for metrics of entries. The norm
+# of 960 leaves of 4096 takes 13.7 ms in these and 5.1 in bundles, of 8192 16.8 and 5.9;
+# clip_by_block_rms and SGD 1.2 times as long as with Optax's, and 1.0 leaf by leaf. Of 2048 and
+# fewer they take as long as bundles, and compile faster where leaves are not alike.
 TINY = 2**11
 # Entries, at least, of a group of leaves whose norms are an array, and how many groups there are,
 # but for one of small leaves and one of the last, as each is some loops more to compile.
@@ -90,7 +90,7 @@ def power_sums(
       fun: as that of `total`.
       own: vectors like the one that is returned.
       after: as of :func:`.arithmetic.power_sum`.
-      small: as of `runs`.
+      small: entries, at most, of a leaf that lies beside others.
 
     Returns:
       A vector, leaf by leaf as in `order`.
